@@ -1,0 +1,693 @@
+"""Every message that crosses a wire, as frozen, typed values.
+
+Two conversations use them (``protocol/SPEC.md``):
+
+* **control**: the coordinator asks, an agent answers. Each `Request` class names its reply in ``reply``.
+* **bulk**: a source agent and a target agent make one disk equal one view.
+
+Plain types only: ``str``, ``int``, ``bool``, ``bytes``, enums, tuples of those, and other messages. Sizes and offsets are
+bytes, durations are seconds. A path in a message is for people to read: no agent opens a path it was sent.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import ClassVar
+
+PROTOCOL_VERSIONS = (1,)
+"""The versions this software speaks, best first."""
+
+
+# --- words shared by several messages -------------------------------------------------------------------------
+
+
+class Role(enum.Enum):
+    """What a peer is; also written in its certificate."""
+
+    COORDINATOR = "coordinator"
+    AGENT = "agent"
+
+
+class Power(enum.Enum):
+    """What a VM is doing."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTTING_DOWN = "shutting-down"
+    OFF = "off"
+    CRASHED = "crashed"
+    SUSPENDED = "suspended"
+
+
+class Side(enum.Enum):
+    """Which VM of the pair an order speaks of."""
+
+    ORIGINAL = "original"
+    REPLICA = "replica"
+
+
+class Direction(enum.Enum):
+    """What an agent does in a pass."""
+
+    SEND = "send"
+    RECEIVE = "receive"
+
+
+class OnTimeout(enum.Enum):
+    """What to do with a guest that does not power off in time."""
+
+    ABORT = "abort"  # leave it running, fail
+    FORCE = "force"  # destroy it, gracefully first
+
+
+class Condition(enum.Enum):
+    """The durable flag of the original's disks, kept by its agent and by the registry."""
+
+    INTACT = "intact"  # whole: as it was at the disaster, or as its own guest left it
+    TORN = "torn"  # from the first write until verified: it must not boot
+    EQUALS_VIEW = "equals-view"  # verified equal to the view named beside it
+
+
+class Codec(enum.Enum):
+    """How the payload of `BlockData` is stored."""
+
+    RAW = "raw"
+    ZSTD = "zstd"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Under whose authority a mutating request comes: an agent obeys only the highest epoch it has seen for the pair."""
+
+    pair: str
+    run: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSize:
+    """One disk by target name, with its size."""
+
+    target: str
+    size_bytes: int
+
+
+# --- handshake (control and bulk) -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message of the side that connected, on a control connection."""
+
+    versions: tuple[int, ...]
+    software: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The agent's answer: the version chosen and who it is."""
+
+    version: int
+    software: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkHello:
+    """First message of the source agent on a bulk connection: which grant, which of its disks."""
+
+    versions: tuple[int, ...]
+    software: str
+    grant: str
+    target: str  # name of the disk at the receiving side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkWelcome:
+    """The target agent's answer. `window_bytes`: how much `BlockData` payload may be unacknowledged; `ahead_bytes`:
+    how many bytes of disk may be asked for with `CompareRanges` and not be answered yet."""
+
+    version: int
+    software: str
+    window_bytes: int
+    ahead_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """Said before closing on purpose; `code` and `sentence` say why. Nothing follows it."""
+
+    code: str
+    sentence: str
+
+
+# --- control: questions that change nothing -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostDescription:
+    """Answer to `DescribeHost`."""
+
+    host: str
+    software: str
+    hypervisor_uri: str
+    libvirt_version: str
+    qemu_version: str
+    bulk_port: int
+    fingerprint: str  # SHA-256 of the agent's certificate (DER), hex: what the peer's grant names
+    missing_tools: tuple[str, ...]  # each "program (package)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribeHost:
+    """Who are you, and what do you run?"""
+
+    reply: ClassVar[type] = HostDescription
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageDescription:
+    """One image of a backing chain, the top one first."""
+
+    path: str
+    format: str
+    identity: str
+    virtual_size_bytes: int
+    internal_snapshots: int
+    bitmaps: tuple[str, ...]
+    dirty: bool
+    corrupt: bool
+    encrypted: bool
+    external_data: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskDescription:
+    """One disk of a VM as inspection found it."""
+
+    target: str
+    kind: str  # file, block, network, other
+    chain: tuple[ImageDescription, ...]
+    sector_bytes: int
+    shareable: bool
+    readonly: bool
+    problem: str | None
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotDescription:
+    """A libvirt snapshot; `ours` when failback made it."""
+
+    name: str
+    ours: bool
+    external: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceDescription:
+    """What keeps a VM from starting, as its agent knows it.
+
+    `condition` and `view` are the durable flag of the disks (originals only; None for a replica).
+    """
+
+    pair: str
+    run: str
+    side: Side
+    autostart_before: bool
+    locked: tuple[str, ...]  # targets whose images are locked now
+    unlocked: tuple[str, ...]  # targets whose lock could not be taken back, for example after a restart
+    condition: Condition | None
+    view: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmDescription:
+    """Answer to `InspectVm`."""
+
+    uuid: str
+    name: str
+    power: Power
+    persistent: bool
+    autostart: bool
+    managed_save: bool
+    on_poweroff: str
+    machine: str
+    firmware: str
+    has_tpm: bool
+    passthrough: tuple[str, ...]
+    disks: tuple[DiskDescription, ...]
+    snapshots: tuple[SnapshotDescription, ...]
+    checkpoints: tuple[str, ...]
+    job: str | None
+    job_is_ours: bool
+    fence: FenceDescription | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectVm:
+    """Tell everything a plan needs about the VM of that name or UUID."""
+
+    vm: str
+    reply: ClassVar[type] = VmDescription
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerAnswer:
+    """The VM's power state now; `images_free`: no process holds a write lock on any of its disks' images
+    (our own fence does not count)."""
+
+    power: Power
+    images_free: bool
+    holders: tuple[str, ...]  # targets whose image some other process holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskPower:
+    """Is that VM off, and is nobody else writing to its disks?"""
+
+    vm_uuid: str
+    reply: ClassVar[type] = PowerAnswer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """Answer to `Ping`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """Are you there?"""
+
+    reply: ClassVar[type] = Pong
+
+
+# --- control: orders ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The order is carried out; nothing more to tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoweredOff:
+    """The VM is off."""
+
+    was_running: bool
+    forced: bool
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerOff:
+    """Ask the guest to power off (repeatedly), wait `timeout_s`, then do as `on_timeout` says.
+
+    Fails with code ``shutdown-timeout`` when the guest still runs at the end. No-op when off.
+    """
+
+    order: Order
+    vm_uuid: str
+    timeout_s: float
+    on_timeout: OnTimeout
+    reply: ClassVar[type] = PoweredOff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerOn:
+    """Start the VM. No-op when it runs. Refused (code ``fenced``) while the agent fences it."""
+
+    order: Order
+    vm_uuid: str
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceVm:
+    """Keep the shut-off VM from starting, durably: autostart off, image locks held (again after an agent restart).
+
+    An original's images are locked exclusively (we write through that lock); a replica's bases are locked so that
+    they can be read and nobody can write. Repeated, it takes what is missing. Fails with ``disk-busy`` when another
+    process holds an image.
+    """
+
+    order: Order
+    vm_uuid: str
+    side: Side
+    targets: tuple[str, ...]
+    reply: ClassVar[type] = FenceDescription
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiftFence:
+    """Release the locks and forget the fence. `restore_autostart`: set autostart to what it was before the fence.
+
+    Refused (code ``torn``) while the flag of the disks says torn. Harmless when there is no fence.
+    """
+
+    order: Order
+    vm_uuid: str
+    restore_autostart: bool
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetCondition:
+    """Write the durable flag of the fenced original's disks. `view` names the view for EQUALS_VIEW, else None."""
+
+    order: Order
+    vm_uuid: str
+    condition: Condition
+    view: str | None
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewOpened:
+    """The view is there and frozen. `live`: served by the running VM, otherwise the images of the shut-off one."""
+
+    view: str
+    live: bool
+    disks: tuple[TargetSize, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenView:
+    """Freeze a view named `view` of the VM's disks: a pull-mode backup when it runs, its (fenced) images when off."""
+
+    order: Order
+    vm_uuid: str
+    targets: tuple[str, ...]
+    view: str
+    reply: ClassVar[type] = ViewOpened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseView:
+    """End that view and remove what belonged to it. Harmless when there is none."""
+
+    order: Order
+    vm_uuid: str
+    view: str
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectedDisk:
+    """One disk of a protective snapshot."""
+
+    target: str
+    base: str
+    base_format: str
+    overlay: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protected:
+    """The protective snapshot stands."""
+
+    snapshot: str
+    disks: tuple[ProtectedDisk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protect:
+    """Take the protective snapshot of the shut-off, fenced replica; its new overlays are fenced as well."""
+
+    order: Order
+    vm_uuid: str
+    targets: tuple[str, ...]
+    snapshot: str
+    reply: ClassVar[type] = Protected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unprotect:
+    """Drop the protective snapshot: the VM's disks are their bases again, exactly as they were."""
+
+    order: Order
+    vm_uuid: str
+    snapshot: str
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantedDisk:
+    """One disk of a grant: its name at the agent that is told, its name at the peer, its size at the source and
+    at the target (a larger target is zeroed behind the source's end)."""
+
+    target: str
+    peer_target: str
+    source_size_bytes: int
+    target_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """What the bulk connections of one pass may do; told to both agents beforehand.
+
+    Attributes:
+        grant: 128 random bits, hex.
+        direction: what the agent that is told does.
+        peer_fingerprint: SHA-256 (hex) of the only certificate the other end may show.
+        view: the view the target is made equal to.
+    """
+
+    grant: str
+    vm_uuid: str
+    direction: Direction
+    peer_fingerprint: str
+    view: str
+    disks: tuple[GrantedDisk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskReport:
+    """What a pass did to one disk, in bytes of disk unless it says otherwise. Sender and receiver each fill what they
+    know; what a side does not know is 0.
+
+    Attributes:
+        target: the disk's name at the reporting side.
+        size_bytes: the source's size.
+        zero_bytes: known to read as zero at the source, not read.
+        compared_bytes: read and hashed on this side.
+        changed_bytes: of blocks whose digests differed, sent as data.
+        wire_bytes: payload bytes of those on the wire (compressed).
+        written_bytes, zeroed_bytes: what the target wrote and what it zeroed or discarded.
+        verified_bytes: read back at the target and equal to the source's BLAKE3 digest, or to zero.
+        rung: the rung of evidence used (DESIGN: ``digests``, ``extents`` …) and `why_not_higher`, a sentence.
+        past_cache: whether the read-back went past the page cache.
+    """
+
+    target: str
+    size_bytes: int
+    zero_bytes: int
+    compared_bytes: int
+    changed_bytes: int
+    wire_bytes: int
+    written_bytes: int
+    zeroed_bytes: int
+    verified_bytes: int
+    rung: str
+    why_not_higher: str
+    past_cache: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassReport:
+    """A pass is complete on the reporting side: every range is proven against `view`."""
+
+    view: str
+    elapsed_s: float
+    disks: tuple[DiskReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskProgress:
+    """How far one disk is. `done_bytes` of `total_bytes` (source size) are settled: compared, and sent where they
+    differed."""
+
+    target: str
+    total_bytes: int
+    done_bytes: int
+    zero_bytes: int
+    changed_bytes: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassProgress:
+    """Pushed by the source agent about twice a second while `RunPass` works."""
+
+    disks: tuple[DiskProgress, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllowPass:
+    """Store the grant. A grant lives until its pass ends, a newer one comes for the pair, or the agent restarts."""
+
+    order: Order
+    grant: Grant
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPass:
+    """Carry out the granted pass. The sender connects to `peer_host`:`peer_port` (certificate name `peer_name`); the
+    receiver waits for it and gives those as ``""``, 0, ``""``. The receiver durably marks the original torn before
+    its first write."""
+
+    order: Order
+    grant: str
+    peer_name: str
+    peer_host: str
+    peer_port: int
+    reply: ClassVar[type] = PassReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop the request of that number; it is answered with a `Failure` of code ``cancelled``. Has no answer itself."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The request failed: a stable code, a sentence for the administrator, and plain facts."""
+
+    code: str
+    sentence: str
+    facts: dict[str, str | int]
+
+
+Question = DescribeHost | InspectVm | AskPower | Ping
+OrderRequest = (
+    PowerOff
+    | PowerOn
+    | FenceVm
+    | LiftFence
+    | SetCondition
+    | OpenView
+    | CloseView
+    | Protect
+    | Unprotect
+    | AllowPass
+    | RunPass
+)
+Request = Question | OrderRequest
+Reply = (
+    HostDescription
+    | VmDescription
+    | PowerAnswer
+    | Pong
+    | Done
+    | PoweredOff
+    | FenceDescription
+    | ViewOpened
+    | Protected
+    | PassReport
+)
+ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
+
+
+# --- bulk: source to target -----------------------------------------------------------------------------------
+# Ranges travel in the payload as little-endian unsigned 64-bit pairs (offset, length); digests as 16 or 32 raw bytes.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRanges:
+    """Hash these ranges of data and answer with `RangeDigests`. Sent in rising order, ahead of the reading.
+
+    Payload: `count` ranges. Every range starts at a multiple of `block_bytes`; only the last of the disk may end off one.
+    """
+
+    batch: int
+    block_bytes: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroRanges:
+    """These ranges read as zero at the source: make them so. Payload: `count` ranges."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockData:
+    """Blocks that differ. Payload: `count` ranges, then `count` BLAKE3 digests (32 bytes each, of the plain bytes), then
+    the blocks' bytes, concatenated, stored as `codec` says; `plain_bytes` is their length before that."""
+
+    count: int
+    codec: Codec
+    plain_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndOfPass:
+    """Everything was sent: the target flushes, reads back, verifies, answers `PassVerified`. The counts are of the
+    source's own books, for the target to check against its own."""
+
+    data_bytes: int
+    zero_bytes: int
+    compared_bytes: int
+
+
+# --- bulk: target to source -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeDigests:
+    """xxh3-128 digests (canonical, big-endian, 16 bytes) of the target's blocks in the batch's ranges, in order.
+
+    Payload: one digest a block. `read_bytes`: what the target had to read for it (the rest is known to be zero).
+    """
+
+    batch: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """`payload_bytes` of `BlockData` payload more are off the wire and out of memory."""
+
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassVerified:
+    """Everything is flushed, read back past the page cache and equal to what was sent."""
+
+    written_bytes: int
+    zeroed_bytes: int
+    verified_bytes: int
+    compared_bytes: int
+    past_cache: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassFailed:
+    """The pass ends here on the side that says so; both sides report it. `offset_bytes` is -1 where there is none."""
+
+    code: str
+    sentence: str
+    target: str
+    offset_bytes: int
+
+
+BulkMessage = (
+    BulkHello
+    | BulkWelcome
+    | Goodbye
+    | CompareRanges
+    | ZeroRanges
+    | BlockData
+    | EndOfPass
+    | RangeDigests
+    | Credit
+    | PassVerified
+    | PassFailed
+)
