@@ -43,6 +43,12 @@ class DiskBusy(DiskError):
     code = "disk-busy"
 
 
+class DiskFull(DiskError):
+    """The storage under a disk has no room for what was to be written."""
+
+    code = "disk-full"
+
+
 class HypervisorError(AgentError):
     """libvirt refused or failed a call."""
 
@@ -71,6 +77,12 @@ class VerificationFailed(SyncError):
     """What was read back from the target is not what the source sent."""
 
     code = "verification-failed"
+
+
+class DamagedFrame(SyncError):
+    """Blocks arrived that are not what was sent, or that claim to be what they cannot be; nothing of them was used."""
+
+    code = "damaged-frame"
 
 
 class Forbidden(AgentError):

@@ -122,6 +122,7 @@ class BulkHello:
     software: str
     grant: str
     target: str  # name of the disk at the receiving side
+    digest_seed: int  # seed of the xxh3-128 digests of this pass, random, 64 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,7 +343,8 @@ class FenceVm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiftFence:
-    """Release the locks and forget the fence. `restore_autostart`: set autostart to what it was before the fence.
+    """Release the locks and forget the fence. `restore_autostart`: set autostart to what it was before the fence, or,
+    where `autostart` is given, to that (an earlier fence had taken it away and was lifted without giving it back).
 
     Refused (code ``torn``) while the flag of the disks says torn. Harmless when there is no fence.
     """
@@ -350,6 +352,7 @@ class LiftFence:
     order: Order
     vm_uuid: str
     restore_autostart: bool
+    autostart: bool | None = None
     reply: ClassVar[type] = Done
 
 
@@ -611,9 +614,14 @@ class CompareRanges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroRanges:
-    """These ranges read as zero at the source: make them so. Payload: `count` ranges."""
+    """These ranges read as zero at the source: make them so. Payload: `count` ranges.
+
+    `compared`: False for ranges known to be zero without reading (sent in rising order instead of `CompareRanges`);
+    True for blocks that were compared, differ and turned out to hold only zeroes.
+    """
 
     count: int
+    compared: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

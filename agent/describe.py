@@ -1,0 +1,94 @@
+"""From the agent's own words to the wire's: inspection results and fences as messages. Values in, values out."""
+
+from __future__ import annotations
+
+from agent.ledger import ConditionRecord, DiskCondition, FenceRecord
+from agent.virt.seam import Domain, DomainDisk, Image, PowerState
+from protocol.messages import (
+    Condition,
+    DiskDescription,
+    FenceDescription,
+    ImageDescription,
+    Power,
+    Side,
+    SnapshotDescription,
+    VmDescription,
+)
+
+
+def power(state: PowerState) -> Power:
+    """The power state on the wire."""
+    return Power(state.value)
+
+
+def _image(image: Image) -> ImageDescription:
+    return ImageDescription(
+        path=str(image.path),
+        format=image.format,
+        identity=image.identity,
+        virtual_size_bytes=image.virtual_size_bytes,
+        internal_snapshots=image.internal_snapshots,
+        bitmaps=image.bitmaps,
+        dirty=image.dirty,
+        corrupt=image.corrupt,
+        encrypted=image.encrypted,
+        external_data=image.external_data,
+    )
+
+
+def _disk(disk: DomainDisk) -> DiskDescription:
+    return DiskDescription(
+        target=disk.target,
+        kind=disk.kind.value,
+        chain=tuple(_image(image) for image in disk.chain),
+        sector_bytes=disk.sector_bytes,
+        shareable=disk.shareable,
+        readonly=disk.readonly,
+        problem=disk.problem,
+        free_bytes=disk.free_bytes,
+    )
+
+
+def fence(
+    record: FenceRecord,
+    *,
+    locked: tuple[str, ...],
+    unlocked: tuple[str, ...],
+    condition: ConditionRecord | None,
+) -> FenceDescription:
+    """A fence on the wire; `condition` is the flag of the VM's disks, None when we never wrote to them."""
+    side = Side(record.side)
+    flag = condition or ConditionRecord(vm_uuid=record.vm_uuid, condition=DiskCondition.INTACT)
+    return FenceDescription(
+        pair=record.pair,
+        run=record.run,
+        side=side,
+        autostart_before=record.autostart_before,
+        locked=locked,
+        unlocked=unlocked,
+        condition=Condition(flag.condition.value) if side is Side.ORIGINAL else None,
+        view=flag.view if side is Side.ORIGINAL else None,
+    )
+
+
+def vm(domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None) -> VmDescription:
+    """A domain on the wire."""
+    return VmDescription(
+        uuid=domain.uuid,
+        name=domain.name,
+        power=power(domain.state),
+        persistent=domain.persistent,
+        autostart=domain.autostart,
+        managed_save=domain.managed_save,
+        on_poweroff=domain.on_poweroff,
+        machine=domain.machine,
+        firmware=domain.firmware,
+        has_tpm=domain.has_tpm,
+        passthrough=domain.passthrough,
+        disks=tuple(_disk(disk) for disk in domain.disks),
+        snapshots=tuple(SnapshotDescription(name=s.name, ours=s.ours, external=s.external) for s in domain.snapshots),
+        checkpoints=domain.checkpoints,
+        job=domain.job,
+        job_is_ours=job_is_ours,
+        fence=fence,
+    )

@@ -1,0 +1,109 @@
+"""One granted pass from opening the disks to the report: the seam between orders and `agent.sync`."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from agent.disk.open import open_target
+from agent.disk.seam import Disk
+from agent.errors import SyncError
+from agent.fences import FenceKeeper
+from agent.ledger import ConditionRecord, DiskCondition
+from agent.passes import PassDesk, Progress, Session
+from agent.sources import ViewDesk
+from agent.threads import Threads
+from protocol.bulk import BulkSocket, connect_bulk
+from protocol.messages import Direction, DiskReport, GrantedDisk, PassReport, RunPass
+
+
+@dataclass
+class PassRunner:
+    """Carries out `RunPass` on this agent."""
+
+    passes: PassDesk
+    views: ViewDesk
+    fences: FenceKeeper
+    threads: Threads
+    client_context: ssl.SSLContext
+    runtime_dir: Path
+
+    async def run(self, request: RunPass, session: Session, progress: Progress) -> PassReport:
+        """Run the pass of `session` to its end.
+
+        Raises:
+            AgentError, ProtocolError: the pass is not complete.
+        """
+        started = trio.current_time()
+        if session.grant.direction is Direction.SEND:
+            disks = self.views.disks(session.grant.vm_uuid, session.grant.view)
+            self._check_sizes(session, disks, {d.target: d.source_size_bytes for d in session.grant.disks})
+            reports = await self.passes.send(session, disks, self._connector(request, session), progress)
+        else:
+            reports = await self._receive(session, progress)
+        return PassReport(view=session.grant.view, elapsed_s=trio.current_time() - started, disks=reports)
+
+    async def _receive(self, session: Session, progress: Progress) -> tuple[DiskReport, ...]:
+        opened: dict[str, Disk] = {}
+        try:
+            await self.threads.on_disk(lambda: self._open_targets(session, opened))
+            self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
+            return await self.passes.receive(session, opened, self._marker(session), progress)
+        finally:
+            with trio.CancelScope(shield=True):
+                for disk in opened.values():
+                    await self.threads.on_disk(disk.close)
+
+    def _open_targets(self, session: Session, opened: dict[str, Disk]) -> None:
+        """Open the fenced original's disks for writing, each through the lock that fences it."""
+        fence = self.fences.required(session.grant.vm_uuid, "original")
+        images = {image.target: image for image in fence.images}
+        for granted in session.grant.disks:
+            image = images.get(granted.target)
+            held = None if image is None else self.fences.held(image.path)
+            if image is None or held is None:
+                raise SyncError(f"the disk {granted.target} is not covered by the fence of the original: fence it")
+            opened[granted.target] = open_target(granted.target, held, image.format, self.runtime_dir)
+
+    def _check_sizes(self, session: Session, disks: dict[str, Disk], granted: dict[str, int]) -> None:
+        for target, size_bytes in granted.items():
+            disk = disks.get(target)
+            if disk is None:
+                raise SyncError(f"the view {session.grant.view} has no disk {target}: plan the run again")
+            if disk.size_bytes != size_bytes:
+                raise SyncError(
+                    f"the disk {target} has {disk.size_bytes} bytes and {size_bytes} were granted: "
+                    "it was resized since the plan; plan the run again",
+                    disk=target,
+                )
+
+    def _connector(self, request: RunPass, session: Session) -> Callable[[GrantedDisk, int], tuple[BulkSocket, int]]:
+        def connect(granted: GrantedDisk, seed: int) -> tuple[BulkSocket, int]:
+            connection, welcome = connect_bulk(
+                request.peer_host,
+                request.peer_port,
+                server_name=request.peer_name,
+                context=self.client_context,
+                peer_fingerprint=session.grant.peer_fingerprint,
+                grant=session.grant.grant,
+                target=granted.peer_target,
+                digest_seed=seed,
+            )
+            return connection, welcome.ahead_bytes
+
+        return connect
+
+    def _marker(self, session: Session) -> Callable[[], Awaitable[None]]:
+        """What marks the original torn, durably, before the first write to any of its disks."""
+        record = ConditionRecord(vm_uuid=session.grant.vm_uuid, condition=DiskCondition.TORN)
+        turn = trio.Lock()
+
+        async def mark() -> None:
+            async with turn:
+                await self.threads.on_disk(lambda: self.fences.ledger.put_condition(record))
+
+        return mark

@@ -1,0 +1,50 @@
+"""Powering a guest off: asked, asked again, waited for, and only then, if so told, forced."""
+
+from __future__ import annotations
+
+import trio
+
+from agent.errors import ShutdownTimeout
+from agent.threads import Threads
+from agent.virt.seam import Hypervisor, PowerState
+from protocol.messages import OnTimeout, PoweredOff
+
+ASK_AGAIN_S = 10.0
+"""A guest that is still booting drops the request; asking again costs nothing (libvirt's own tools do the same)."""
+WAIT_SLICE_S = 1.0
+"""Waits are cut in slices so that a cancelled order ends soon although no thread is ever abandoned."""
+
+
+def is_off(state: PowerState) -> bool:
+    """Whether no process of the VM holds its disks."""
+    return state in (PowerState.OFF, PowerState.CRASHED)
+
+
+async def power_off(
+    hypervisor: Hypervisor, threads: Threads, uuid: str, *, timeout_s: float, on_timeout: OnTimeout
+) -> PoweredOff:
+    """Power the VM off; no-op when it is off.
+
+    Raises:
+        ShutdownTimeout: it still runs after `timeout_s` and `on_timeout` is ABORT.
+        HypervisorError: as libvirt says.
+    """
+    started = trio.current_time()
+    deadline = started + timeout_s
+    if is_off(await threads.on_libvirt(lambda: hypervisor.state(uuid))):
+        return PoweredOff(was_running=False, forced=False, elapsed_s=0.0)
+    while trio.current_time() < deadline:
+        await threads.on_libvirt(lambda: hypervisor.request_shutdown(uuid))
+        ask_again = min(deadline, trio.current_time() + ASK_AGAIN_S)
+        while (left := ask_again - trio.current_time()) > 0:
+            slice_s = min(left, WAIT_SLICE_S)
+            if await threads.on_libvirt(lambda s=slice_s: hypervisor.wait_off(uuid, s)):  # type: ignore[misc]
+                return PoweredOff(was_running=True, forced=False, elapsed_s=trio.current_time() - started)
+    if on_timeout is OnTimeout.ABORT:
+        raise ShutdownTimeout(
+            f"the VM {uuid} did not power off within {timeout_s:g} s and still runs: "
+            "shut it down from inside, or choose a longer time or to force it",
+            vm=uuid,
+        )
+    await threads.on_libvirt(lambda: hypervisor.force_off(uuid, graceful=True))
+    return PoweredOff(was_running=True, forced=True, elapsed_s=trio.current_time() - started)

@@ -1,0 +1,133 @@
+"""What both sides of a pass over one disk share: sending in turn, ending whole, telling the peer why.
+
+A conversation owns its bulk connection. Its tasks run in one nursery; the first failure ends them all, is told to the
+peer in bounded time, and is what the caller gets. A blocking receive is woken by shutting the socket down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from agent.errors import AgentError, SyncError
+from agent.threads import Threads
+from protocol.errors import ConnectionLost, ProtocolError
+from protocol.messages import BulkMessage, PassFailed
+
+FAREWELL_TIMEOUT_S = 5.0
+"""How long a failing side tries to tell the other why before it just hangs up."""
+
+
+class Wire(Protocol):
+    """What a conversation needs of `protocol.bulk.BulkSocket`: blocking calls, several senders, one receiver."""
+
+    def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
+        """Send one message; `BlockData` waits for window."""
+
+    def receive(self) -> tuple[BulkMessage, memoryview]:
+        """Wait for the next message."""
+
+    def shutdown(self) -> None:
+        """Wake whoever sends or receives with `ConnectionLost`; harmless when repeated."""
+
+
+class PeerFailed(SyncError):
+    """The other side ended the pass; its sentence is repeated here."""
+
+    code = "peer-failed"
+
+
+@dataclass
+class Conversation:
+    """One disk's pass over one connection. `disk_name` is what messages call the disk."""
+
+    disk_name: str
+    wire: Wire
+    threads: Threads
+    _failure: AgentError | ProtocolError | None = None
+    _finished: bool = False
+
+    async def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
+        """Send one message, its payload in pieces."""
+        await self.threads.on_network(lambda: self.wire.send(message, *pieces))
+
+    async def receive(self) -> tuple[BulkMessage, memoryview]:
+        """The next message that is not the peer's failure.
+
+        Raises:
+            PeerFailed: the peer ended the pass.
+            ConnectionLost, PeerViolation: as the wire says.
+        """
+        message, payload = await self.threads.on_network(self.wire.receive)
+        if isinstance(message, PassFailed):
+            raise PeerFailed(message.sentence, peer_code=message.code, disk=message.target)
+        return message, payload
+
+    async def run(self, *tasks: Callable[[], Awaitable[None]]) -> None:
+        """Run `tasks` to their end, all of them or none.
+
+        Raises:
+            AgentError, ProtocolError: the first failure of any task.
+        """
+        async with trio.open_nursery() as outer:
+            outer.start_soon(self._hang_up_when_cancelled)
+            async with trio.open_nursery() as inner:
+                for task in tasks:
+                    inner.start_soon(self._guarded, task, outer.cancel_scope)
+            if self._failure is None:
+                self._finished = True
+            outer.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _guarded(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        try:
+            await task()
+        except (AgentError, ProtocolError) as error:
+            # The first failure is the cause; what follows from it (a socket shut down under a receiver) is not.
+            if self._failure is None:
+                self._failure = error
+            scope.cancel()
+
+    async def _hang_up_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            if not self._finished:
+                with trio.CancelScope(shield=True):
+                    await self._say_farewell()
+
+    async def _say_farewell(self) -> None:
+        if not isinstance(self._failure, PeerFailed | ConnectionLost):
+            farewell = self._farewell()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._shut_down_after, FAREWELL_TIMEOUT_S)
+                # Where the peer is gone, hanging up is all that is left to say.
+                with contextlib.suppress(ProtocolError):
+                    await self.send(farewell)
+                nursery.cancel_scope.cancel()
+        self.wire.shutdown()
+
+    async def _shut_down_after(self, delay_s: float) -> None:
+        await trio.sleep(delay_s)
+        self.wire.shutdown()
+
+    def _farewell(self) -> PassFailed:
+        if self._failure is None:
+            return PassFailed(
+                code="cancelled",
+                sentence=f"the pass over disk {self.disk_name} was cancelled on the other side",
+                target=self.disk_name,
+                offset_bytes=-1,
+            )
+        offset = self._failure.facts.get("offset_bytes", -1) if isinstance(self._failure, AgentError) else -1
+        return PassFailed(
+            code=self._failure.code,
+            sentence=self._failure.sentence,
+            target=self.disk_name,
+            offset_bytes=offset if isinstance(offset, int) else -1,
+        )

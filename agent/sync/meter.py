@@ -1,0 +1,55 @@
+"""Books of one disk in one pass: what was compared, sent, written, verified; read for progress, closed as a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.messages import DiskProgress, DiskReport
+
+RUNG = "digests"
+WHY_NOT_HIGHER = "no dirty bitmap and no digest map of this disk is at hand, so both sides are read and hashed"
+
+
+@dataclass
+class Meter:
+    """Counters in bytes of disk unless they say otherwise; they only grow. Only the pass's own tasks write here."""
+
+    target: str
+    size_bytes: int
+    zero_bytes: int = 0
+    compared_bytes: int = 0
+    settled_bytes: int = 0
+    changed_bytes: int = 0
+    wire_bytes: int = 0
+    written_bytes: int = 0
+    zeroed_bytes: int = 0
+    verified_bytes: int = 0
+    past_cache: bool = True
+
+    def progress(self) -> DiskProgress:
+        """How far the disk is."""
+        return DiskProgress(
+            target=self.target,
+            total_bytes=self.size_bytes,
+            done_bytes=self.settled_bytes,
+            zero_bytes=self.zero_bytes,
+            changed_bytes=self.changed_bytes,
+            wire_bytes=self.wire_bytes,
+        )
+
+    def report(self) -> DiskReport:
+        """The closed books."""
+        return DiskReport(
+            target=self.target,
+            size_bytes=self.size_bytes,
+            zero_bytes=self.zero_bytes,
+            compared_bytes=self.compared_bytes,
+            changed_bytes=self.changed_bytes,
+            wire_bytes=self.wire_bytes,
+            written_bytes=self.written_bytes,
+            zeroed_bytes=self.zeroed_bytes,
+            verified_bytes=self.verified_bytes,
+            rung=RUNG,
+            why_not_higher=WHY_NOT_HIGHER,
+            past_cache=self.past_cache,
+        )

@@ -1,0 +1,106 @@
+"""The agent's ledger: durable, strict about what it reads, one process at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.ledger import (
+    ConditionRecord,
+    DiskCondition,
+    FencedImage,
+    FenceRecord,
+    Ledger,
+    LedgerError,
+    LockKind,
+    ProtectedImage,
+    ProtectionRecord,
+)
+
+FENCE = FenceRecord(
+    vm_uuid="u1",
+    pair="web",
+    run="r1",
+    side="original",
+    autostart_before=True,
+    images=(FencedImage(target="vda", path=Path("/x/a.raw"), format="raw", kind=LockKind.EXCLUSIVE),),
+)
+PROTECTION = ProtectionRecord(
+    vm_uuid="u2",
+    pair="web",
+    snapshot="failback-web-r1",
+    images=(ProtectedImage(target="vda", base=Path("/b"), base_format="raw", overlay=Path("/o")),),
+)
+
+
+def test_everything_written_is_there_after_reopening(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path)
+    ledger.raise_epoch("web", 3)
+    ledger.put_fence(FENCE)
+    ledger.put_condition(ConditionRecord(vm_uuid="u1", condition=DiskCondition.EQUALS_VIEW, view="v2"))
+    ledger.put_protection(PROTECTION)
+    ledger.close()
+    again = Ledger.open(tmp_path)
+    assert again.epoch("web") == 3
+    assert again.fence("u1") == FENCE
+    condition = again.condition("u1")
+    assert condition is not None
+    assert (condition.condition, condition.view) == (DiskCondition.EQUALS_VIEW, "v2")
+    assert again.protection("u2", "failback-web-r1") == PROTECTION
+    again.close()
+
+
+def test_an_epoch_never_falls(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path)
+    ledger.raise_epoch("web", 5)
+    ledger.raise_epoch("web", 4)
+    assert ledger.epoch("web") == 5
+    assert ledger.epoch("other") == 0
+    ledger.close()
+
+
+def test_records_are_replaced_and_dropped_by_vm(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path)
+    ledger.put_fence(FENCE)
+    ledger.drop_fence("u1")
+    ledger.drop_fence("u1")
+    ledger.put_condition(ConditionRecord(vm_uuid="u1", condition=DiskCondition.TORN))
+    ledger.put_condition(ConditionRecord(vm_uuid="u1", condition=DiskCondition.INTACT))
+    ledger.put_protection(PROTECTION)
+    ledger.drop_protection("u2", "failback-web-r1")
+    assert ledger.fence("u1") is None
+    assert ledger.contents.conditions == (ConditionRecord(vm_uuid="u1", condition=DiskCondition.INTACT),)
+    assert ledger.protection("u2", "failback-web-r1") is None
+    ledger.close()
+
+
+def test_a_second_agent_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path)
+    with pytest.raises(LedgerError, match="another failback-agent already uses"):
+        Ledger.open(tmp_path)
+    ledger.close()
+    Ledger.open(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"version": 1, "fences": 7}', '{"version": 1, "unheard": []}', '{"version": 1, "epochs": [{}]}'],
+)
+def test_a_damaged_ledger_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ledger.json").write_text(text)
+    with pytest.raises(LedgerError):
+        Ledger.open(tmp_path)
+    assert (tmp_path / "ledger.json").read_text() == text
+
+
+def test_a_ledger_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"version": 2}')
+    with pytest.raises(LedgerError, match="version 2"):
+        Ledger.open(tmp_path)
+
+
+def test_a_state_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="cannot be used"):
+        Ledger.open(tmp_path / "file" / "state")
