@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from agent.errors import ShutdownTimeout
@@ -38,7 +40,7 @@ async def power_off(
         ask_again = min(deadline, trio.current_time() + ASK_AGAIN_S)
         while (left := ask_again - trio.current_time()) > 0:
             slice_s = min(left, WAIT_SLICE_S)
-            if await threads.on_libvirt(lambda s=slice_s: hypervisor.wait_off(uuid, s)):  # type: ignore[misc]
+            if await threads.on_libvirt(partial(hypervisor.wait_off, uuid, slice_s)):
                 return PoweredOff(was_running=True, forced=False, elapsed_s=trio.current_time() - started)
     if on_timeout is OnTimeout.ABORT:
         raise ShutdownTimeout(

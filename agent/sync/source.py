@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import trio
@@ -100,15 +101,17 @@ class SourcePass:
         plan: Iterator[Batch | ZeroRun] = plan_batches(
             self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self.batch_bytes
         )
-        async with self._to_read[0], self._to_settle[0]:
-            while (item := await self.talk.threads.on_disk(lambda: next(plan, None))) is not None:
-                if isinstance(item, Batch):
-                    await self._announce_batch(item)
-                    continue
-                self.meter.zero_bytes += item.zero_bytes
-                self.meter.settled_bytes += item.zero_bytes
-                message = ZeroRanges(count=len(item.ranges), compared=False)
-                await self.talk.send(message, ranges_to_wire(item.ranges))
+        while (item := await self.talk.threads.on_disk(lambda: next(plan, None))) is not None:
+            if isinstance(item, Batch):
+                await self._announce_batch(item)
+                continue
+            self.meter.zero_bytes += item.zero_bytes
+            self.meter.settled_bytes += item.zero_bytes
+            message = ZeroRanges(count=len(item.ranges), compared=False)
+            await self.talk.send(message, ranges_to_wire(item.ranges))
+        # Closed only here, where everything is announced: after a failure the end must not look like one.
+        self._to_read[0].close()
+        self._to_settle[0].close()
 
     async def _announce_batch(self, batch: Batch) -> None:
         work = Work(batch)
@@ -128,7 +131,7 @@ class SourcePass:
             except trio.EndOfChannel:
                 return
             work.buffer = buffer
-            work.ours = await self.talk.threads.on_disk(lambda w=work, b=buffer: self._read_and_hash(w.batch, b))  # type: ignore[misc]
+            work.ours = await self.talk.threads.on_disk(partial(self._read_and_hash, work.batch, buffer))
             self.meter.compared_bytes += work.batch.data_bytes
             work.read.set()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import trio
@@ -109,21 +110,23 @@ class TargetPass:
     # --- receiving ------------------------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
-        async with self._to_hash[0], self._to_write[0]:
-            while True:
-                message, payload = await self.talk.receive()
-                match message:
-                    case CompareRanges():
-                        self._accept_compare(message, payload)
-                    case ZeroRanges():
-                        await self._accept_zeroes(message, payload)
-                    case BlockData():
-                        await self._accept_data(message, payload)
-                    case EndOfPass():
-                        self._check_books(message)
-                        return
-                    case _:
-                        raise PeerViolation(f"a source agent does not say {type(message).__name__} in a pass")
+        while True:
+            message, payload = await self.talk.receive()
+            match message:
+                case CompareRanges():
+                    self._accept_compare(message, payload)
+                case ZeroRanges():
+                    await self._accept_zeroes(message, payload)
+                case BlockData():
+                    await self._accept_data(message, payload)
+                case EndOfPass():
+                    self._check_books(message)
+                    break
+                case _:
+                    raise PeerViolation(f"a source agent does not say {type(message).__name__} in a pass")
+        # Closed only here, where the source has ended the pass: after a failure the end must not look like one.
+        self._to_hash[0].close()
+        self._to_write[0].close()
 
     def _accept_compare(self, message: CompareRanges, payload: memoryview) -> None:
         if message.block_bytes != BLOCK_BYTES:
@@ -182,7 +185,7 @@ class TargetPass:
     async def _hash(self) -> None:
         async for work in self._to_hash[1]:
             digests, read_bytes = await self.talk.threads.on_disk(
-                lambda w=work: hash_ranges(self.disk, w.ranges, seed=self.seed)  # type: ignore[misc]
+                partial(hash_ranges, self.disk, work.ranges, seed=self.seed)
             )
             self.meter.compared_bytes += read_bytes
             self._asked_bytes -= total_bytes(work.ranges)
@@ -202,21 +205,21 @@ class TargetPass:
 
     async def _write(self) -> None:
         written = Written()
-        async with self._to_verify[0]:
-            async for item in self._to_write[1]:
-                if item.data is None:
-                    await self._write_zeroes(item.ranges, written)
-                else:
-                    await self._write_blocks(item, item.data, written)
-                    await self.talk.send(Credit(payload_bytes=item.payload.nbytes))
-                if written.size_bytes >= VERIFY_EVERY_BYTES:
-                    await self._to_verify[0].send(written)
-                    written = Written()
-            if self.target_size_bytes > self.source_size_bytes:
-                tail = (self.source_size_bytes, self.target_size_bytes - self.source_size_bytes)
-                await self._write_zeroes(np.array([tail], dtype=np.uint64), written)
-            if written.size_bytes:
+        async for item in self._to_write[1]:
+            if item.data is None:
+                await self._write_zeroes(item.ranges, written)
+            else:
+                await self._write_blocks(item, item.data, written)
+                await self.talk.send(Credit(payload_bytes=item.payload.nbytes))
+            if written.size_bytes >= VERIFY_EVERY_BYTES:
                 await self._to_verify[0].send(written)
+                written = Written()
+        if self.target_size_bytes > self.source_size_bytes:
+            tail = (self.source_size_bytes, self.target_size_bytes - self.source_size_bytes)
+            await self._write_zeroes(np.array([tail], dtype=np.uint64), written)
+        if written.size_bytes:
+            await self._to_verify[0].send(written)
+        self._to_verify[0].close()
 
     async def _mark(self) -> None:
         if not self._wrote:
@@ -247,10 +250,10 @@ class TargetPass:
             end = offset + length
             while offset < end:
                 step = min(TAIL_STEP_BYTES, end - offset)
-                found = await self.talk.threads.on_disk(lambda o=offset, s=step: self._not_zero(o, s))  # type: ignore[misc]
+                found = await self.talk.threads.on_disk(partial(self._not_zero, offset, step))
                 if found:
                     await self._mark()
-                    await self.talk.threads.on_disk(lambda f=found: self._zero_all(f))  # type: ignore[misc]
+                    await self.talk.threads.on_disk(partial(self._zero_all, found))
                     written.add_zeroes(found)
                     self.meter.zeroed_bytes += sum(size for _, size in found)
                 offset += step
@@ -264,7 +267,7 @@ class TargetPass:
 
     async def _verify(self) -> None:
         async for written in self._to_verify[1]:
-            self.meter.verified_bytes += await self.talk.threads.on_disk(lambda w=written: verify(self.disk, w))  # type: ignore[misc]
+            self.meter.verified_bytes += await self.talk.threads.on_disk(partial(verify, self.disk, written))
         if self.meter.verified_bytes != self.meter.written_bytes + self.meter.zeroed_bytes:
             raise SyncError(
                 f"disk {self.talk.disk_name}: {self.meter.written_bytes + self.meter.zeroed_bytes} bytes were written "

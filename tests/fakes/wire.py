@@ -1,7 +1,7 @@
 """Two ends of a bulk connection in one process: messages pass as values, without a socket.
 
-Like `protocol.bulk.BulkSocket` it blocks, counts the window of `BlockData`, keeps `Credit` to itself, and ends every wait
-with `ConnectionLost` once it is shut down.
+Like `protocol.bulk.BulkSocket` it blocks, counts the window of `BlockData`, keeps `Credit` to itself, and ends
+every wait with `ConnectionLost` once it is shut down.
 """
 
 from __future__ import annotations
