@@ -1,0 +1,47 @@
+# The two commands of the README are `make demo` and `make test`; `make help` lists the rest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+TESTS ?= tests
+UNDO ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup packages check format test demo clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: packages $(STAMP) ## install the system packages that are missing and make the virtual environment
+
+packages:
+	@.ci/install-packages
+
+# The distribution's Python, with its site packages: libnbd is not on PyPI, and libvirt would need a compiler.
+$(STAMP): pyproject.toml .ci/packages | packages
+	/usr/bin/python3 -m venv --system-site-packages $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+check: setup ## linters, formatting, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## let ruff format everything and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/unit for some)
+	$(BIN)/pytest -q $(TESTS)
+
+demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
+	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)
+
+clean: ## remove everything that the other commands made here
+	rm -rf $(VENV) .lab demo-run build failback.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
