@@ -159,8 +159,11 @@ class FenceKeeper:
         for path in gone:
             self._release(path)
 
-    def lift(self, vm_uuid: str, *, restore_autostart: bool) -> None:
+    def lift(self, vm_uuid: str, *, restore_autostart: bool, autostart: bool | None = None) -> None:
         """Release the locks and forget the fence; harmless when there is none.
+
+        `restore_autostart` gives autostart back as it was before the fence, or as `autostart` says where that is known
+        better: an earlier fence may have taken it away and been lifted without giving it back.
 
         Raises:
             Torn: the disks are torn.
@@ -173,7 +176,8 @@ class FenceKeeper:
         fence = self.ledger.fence(vm_uuid)
         if fence is None:
             return
-        if restore_autostart and fence.autostart_before:
+        before = fence.autostart_before if autostart is None else autostart
+        if restore_autostart and before:
             self.hypervisor.set_autostart(vm_uuid, enabled=True)
         self.ledger.drop_fence(vm_uuid)
         for image in fence.images:

@@ -11,7 +11,7 @@ from agent.threads import Threads
 from agent.virt.seam import Hypervisor, PowerState
 from protocol.messages import OnTimeout, PoweredOff
 
-ASK_AGAIN_S = 10.0
+ASK_AGAIN_S = 5.0
 """A guest that is still booting drops the request; asking again costs nothing (libvirt's own tools do the same)."""
 WAIT_SLICE_S = 1.0
 """Waits are cut in slices so that a cancelled order ends soon although no thread is ever abandoned."""

@@ -11,6 +11,7 @@ import shutil
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 
 import trio
@@ -18,14 +19,14 @@ import trio
 from agent import describe, power
 from agent.config import Config
 from agent.disk.lock import image_in_use
-from agent.errors import AgentError, Forbidden, HypervisorError, StaleEpoch
+from agent.errors import AgentError, Forbidden, StaleEpoch
 from agent.fences import Fenced, FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
 from agent.sources import ViewDesk
 from agent.threads import Threads
-from agent.virt.seam import Domain, Hypervisor, Overlay, PowerState
+from agent.virt.seam import Domain, Hypervisor, Overlay
 from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
 from protocol.messages import (
@@ -122,9 +123,8 @@ class AgentService:
             case FenceVm():
                 return await self._fence(request)
             case LiftFence():
-                await self._blocking(
-                    lambda: self.fences.lift(request.vm_uuid, restore_autostart=request.restore_autostart)
-                )
+                lift = partial(self.fences.lift, request.vm_uuid, restore_autostart=request.restore_autostart)
+                await self._blocking(partial(lift, autostart=request.autostart))
                 return Done()
             case SetCondition():
                 return await self._set_condition(request)
@@ -307,17 +307,13 @@ class AgentService:
         uuid, snapshot = request.vm_uuid, request.snapshot
 
         def unprotect() -> None:
+            # Without a record there may still be a snapshot: the agent may have died between taking it and writing it
+            # down. The hypervisor then finds the overlays by the snapshot's own metadata.
             record = self.ledger.protection(uuid, snapshot)
-            if record is None:
-                return
-            if self.hypervisor.state(uuid) not in (PowerState.OFF, PowerState.CRASHED):
-                raise HypervisorError(
-                    f"the VM {uuid} runs on the overlays of {snapshot}, which therefore cannot be dropped: power it off"
-                )
-            self.fences.uncover(uuid, [image.overlay for image in record.images])
+            images = () if record is None else record.images
+            self.fences.uncover(uuid, [image.overlay for image in images])
             overlays = [
-                Overlay(target=i.target, base=i.base, base_format=i.base_format, overlay=i.overlay)
-                for i in record.images
+                Overlay(target=i.target, base=i.base, base_format=i.base_format, overlay=i.overlay) for i in images
             ]
             self.hypervisor.unprotect(uuid, snapshot, overlays)
             self.ledger.drop_protection(uuid, snapshot)

@@ -21,8 +21,8 @@ class PowerState(enum.Enum):
     RUNNING = "running"  # executing, idle or blocked
     PAUSED = "paused"  # holds its disks and memory, executes nothing
     SHUTTING_DOWN = "shutting-down"  # asked to stop, still holds its disks
-    OFF = "off"  # no process
-    CRASHED = "crashed"  # no process, or one preserved after a guest crash: see `is_off`
+    OFF = "off"  # no process, and only then
+    CRASHED = "crashed"  # its process was preserved after a guest crash: holds its disks
     SUSPENDED = "suspended"  # pmsuspended: holds its disks
 
 

@@ -95,20 +95,35 @@ def virtual_size(path: Path, format: Format) -> int:
 
 
 def assert_same(a: Path, a_format: Format, b: Path, b_format: Format, *, locked: bool = False) -> None:
-    """Both disks hold the same bytes and have the same size, says ``qemu-img compare -s``.
+    """Both disks hold the same bytes and have the same size, says ``qemu-img compare``.
 
     Args:
         a: an image that nobody writes to.
         a_format: its format.
         b: another.
         b_format: its format.
-        locked: read them though a process holds QEMU's image locks (``-U``).
+        locked: read them though a process holds QEMU's image locks: neither takes nor asks for any (``-U`` would
+            still fail on an image that is locked exclusively).
     """
-    share = ["-U"] if locked else []
-    argv = ["qemu-img", "compare", "-s", *share, "-f", a_format, "-F", b_format, str(a), str(b)]
+    # Not -s: that also compares what is allocated, and equal bytes may be a hole here and zeroes there.
+    sizes = virtual_size(a, a_format), virtual_size(b, b_format)
+    assert sizes[0] == sizes[1], f"{a} and {b} have {sizes[0]} and {sizes[1]} bytes"
+    argv = [
+        "qemu-img",
+        "compare",
+        "--image-opts",
+        _image_opts(a, a_format, locked),
+        _image_opts(b, b_format, locked),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     if done.returncode:
         raise AssertionError(f"{a} and {b} differ: {done.stdout.strip()} {done.stderr.strip()}")
+
+
+def _image_opts(path: Path, format: Format, locked: bool) -> str:
+    name = str(path).replace(",", ",,")
+    driver = "host_device" if path.is_block_device() else "file"
+    return f"driver={format},file.driver={driver},file.filename={name},file.locking={'off' if locked else 'auto'}"
 
 
 def make_set(folder: Path, formats: Sequence[Format], size_bytes: int, *, seed: int = 1) -> list[LabDisk]:

@@ -1,0 +1,93 @@
+"""Opening a disk: which backend serves which image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.disk.gate import storage_error
+from agent.disk.lock import HeldImage
+from agent.disk.nbd import NbdDisk
+from agent.disk.qemu_nbd import CONNECTIONS, EXPORT, QemuNbd
+from agent.disk.raw import RawDisk
+from agent.disk.seam import Disk
+from agent.errors import DiskError
+
+
+def open_source(name: str, image: Path, image_format: str, socket_dir: Path) -> Disk:
+    """Open an image that nobody writes to (its VM is off and the caller holds it frozen) for reading.
+
+    Args:
+        name: what messages call the disk.
+        image: file or block device.
+        image_format: QEMU's name of the format, ``raw``, ``qcow2`` …
+        socket_dir: a folder for the sockets of qemu-nbd.
+
+    Raises:
+        DiskError: it cannot be opened.
+    """
+    if image_format == "raw":
+        return RawDisk.open(name, image, writable=False)
+    return _served(name, QemuNbd.start(name, image, image_format, socket_dir), writable=False)
+
+
+def open_view(name: str, socket: Path, export: str) -> Disk:
+    """Open one disk of a view that a running VM serves over NBD.
+
+    Args:
+        name: what messages call the disk.
+        socket: unix socket of QEMU's NBD server.
+        export: the export's name.
+
+    Raises:
+        DiskError: no connection.
+    """
+    return NbdDisk.open(name, socket, export, writable=False, past_cache=False, connections=CONNECTIONS)
+
+
+def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path) -> Disk:
+    """Open the image that is held exclusively for writing; the lock lives until the last writer is gone.
+
+    Args:
+        name: what messages call the disk.
+        held: its exclusive lock. The caller goes on owning it.
+        image_format: QEMU's name of the format.
+        socket_dir: a folder for the sockets of qemu-nbd.
+
+    Raises:
+        DiskError: it cannot be opened, is not held exclusively, or its path has been given to another file.
+    """
+    if not held.exclusive:
+        raise DiskError(
+            f"Disk {name}: {held.path} is frozen, not held for writing; fence it as an original first.", disk=name
+        )
+    if image_format == "raw":
+        return RawDisk.open(name, held.path, writable=True, fd=held.fd)
+    # qemu-nbd opens by path: what it would write to must be what we locked.
+    try:
+        same = os.path.samestat(held.path.stat(), os.fstat(held.fd))
+    except OSError as error:
+        raise storage_error(name, str(held.path), "opening", error.errno or 0) from error
+    if not same:
+        raise DiskError(
+            f"Disk {name}: {held.path} is not the file any more that was locked; "
+            "find out who replaced it, then fence the VM again.",
+            disk=name,
+        )
+    return _served(name, QemuNbd.start(name, held.path, image_format, socket_dir, held=held), writable=True)
+
+
+def _served(name: str, server: QemuNbd, *, writable: bool) -> Disk:
+    try:
+        return NbdDisk.open(
+            name,
+            server.socket,
+            EXPORT,
+            writable=writable,
+            past_cache=server.past_cache,
+            connections=CONNECTIONS,
+            on_close=server.stop,
+        )
+    except BaseException:
+        server.stop()
+        raise

@@ -1,0 +1,188 @@
+"""The real hypervisor: `LibvirtHost` fulfils `agent.virt.seam.Hypervisor` on libvirt and QEMU."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from agent.errors import HypervisorError, NoSuchDomain
+from agent.virt import inspection, protection, views
+from agent.virt.connection import Connection, errors_of
+from agent.virt.seam import Domain, HostFacts, Overlay, PowerState, View
+
+_RECHECK_S = 2.0  # an event may be lost with the connection that would have brought it
+
+_CANNOT_ANSWER = {
+    PowerState.PAUSED: "is paused and cannot answer a shutdown request: `virsh resume` it, or end it by force",
+    PowerState.SUSPENDED: "sleeps and cannot answer a shutdown request: `virsh dompmwakeup` it, or end it by force",
+    PowerState.CRASHED: "has crashed and cannot answer a shutdown request: end it by force",
+}
+_CANNOT_START = {
+    PowerState.PAUSED: "is paused: `virsh resume` it",
+    PowerState.SUSPENDED: "sleeps: `virsh dompmwakeup` it",
+    PowerState.SHUTTING_DOWN: "is shutting down: wait until it is off",
+    PowerState.CRASHED: "has crashed and still holds its disks: end it by force first",
+}
+
+
+class LibvirtHost:
+    """The domains of one libvirt; connects at the first call, and anew when libvirtd was restarted.
+
+    Args:
+        uri: connection URI: ``qemu:///system``, ``qemu:///embed?root=DIR`` (a process can have one such root) …
+        scratch_dir: existing folder for scratch files and overlays of disks that are block devices; QEMU's user must be
+            able to reach it.
+        lib_dir: the QEMU driver's folder of domain directories, where it is not the usual one for the URI.
+        qemu_img: the program to ask about images.
+    """
+
+    def __init__(self, uri: str, *, scratch_dir: Path, lib_dir: Path | None = None, qemu_img: str = "qemu-img") -> None:
+        self._connection = Connection(uri)
+        self._places = views.Places(
+            lib_dir=lib_dir or views.lib_dir_of(uri), scratch_dir=scratch_dir, qemu_img=qemu_img
+        )
+
+    def facts(self) -> HostFacts:
+        """See `agent.virt.seam.Hypervisor.facts`."""
+        library, qemu = self._connection.ask(
+            lambda handle: (handle.getLibVersion(), handle.getVersion()), "asking for versions", "-"
+        )
+        return HostFacts(
+            hostname=socket.gethostname(),
+            uri=self._connection.uri,
+            libvirt_version=_version(library),
+            qemu_version=_version(qemu),
+        )
+
+    def find(self, name_or_uuid: str) -> str:
+        """See `agent.virt.seam.Hypervisor.find`."""
+        uuid: str = self._connection.domain(name_or_uuid).UUIDString()
+        return uuid
+
+    def inspect(self, uuid: str) -> Domain:
+        """See `agent.virt.seam.Hypervisor.inspect`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("inspection", uuid):
+            return inspection.inspect(domain, scratch_dir=self._places.scratch_dir, qemu_img=self._places.qemu_img)
+
+    def state(self, uuid: str) -> PowerState:
+        """See `agent.virt.seam.Hypervisor.state`."""
+        return self._state(self._connection.domain(uuid))
+
+    def _state(self, domain: Any) -> PowerState:
+        with errors_of("asking for its power state", domain.name()):
+            return inspection.power_state(domain)
+
+    def power_on(self, uuid: str) -> None:
+        """See `agent.virt.seam.Hypervisor.power_on`; never resumes saved memory, which would not fit the disks."""
+        domain = self._connection.domain(uuid)
+        name, state = domain.name(), self._state(domain)
+        if state is PowerState.RUNNING:
+            return
+        if state in _CANNOT_START:
+            raise HypervisorError(f"VM {name} {_CANNOT_START[state]}.", vm=name, state=state.value)
+        with errors_of("power-on", name):
+            if domain.hasManagedSaveImage(0):
+                raise HypervisorError(
+                    f"VM {name} has saved memory that a start would resume over changed disks: drop it with "
+                    f"`virsh managedsave-remove {name}`.",
+                    vm=name,
+                )
+            domain.create()
+
+    def request_shutdown(self, uuid: str) -> None:
+        """See `agent.virt.seam.Hypervisor.request_shutdown`; the power button, for a guest agent may not be there."""
+        domain = self._connection.domain(uuid)
+        name, state = domain.name(), self._state(domain)
+        if state in (PowerState.OFF, PowerState.SHUTTING_DOWN):
+            return
+        if state in _CANNOT_ANSWER:
+            raise HypervisorError(f"VM {name} {_CANNOT_ANSWER[state]}.", vm=name, state=state.value)
+        self._end(
+            domain, "the shutdown request", lambda: domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+        )
+
+    def wait_off(self, uuid: str, timeout_s: float) -> bool:
+        """See `agent.virt.seam.Hypervisor.wait_off`."""
+        deadline = time.monotonic() + timeout_s
+        seen_before = False
+        while True:
+            events = self._connection.watch.count(uuid)
+            try:
+                if self.state(uuid) is PowerState.OFF:
+                    return True
+            except NoSuchDomain:
+                if seen_before:
+                    return True  # a transient domain is gone with its process
+                raise
+            seen_before = True
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                return False
+            self._connection.watch.wait_beyond(uuid, events, min(remaining_s, _RECHECK_S))
+
+    def force_off(self, uuid: str, *, graceful: bool) -> None:
+        """See `agent.virt.seam.Hypervisor.force_off`."""
+        domain = self._connection.domain(uuid)
+        flags = libvirt.VIR_DOMAIN_DESTROY_GRACEFUL if graceful else libvirt.VIR_DOMAIN_DESTROY_DEFAULT
+        if self._state(domain) is not PowerState.OFF:
+            self._end(domain, "power-off", lambda: domain.destroyFlags(flags))
+
+    def _end(self, domain: Any, operation: str, act: Any) -> None:
+        """Do what ends a domain; that it ended by itself in the same moment is no error."""
+        name = domain.name()
+        with errors_of(operation, name):
+            try:
+                act()
+            except libvirt.libvirtError as error:
+                ended = error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+                if not (ended and inspection.power_state(domain) is PowerState.OFF):
+                    raise
+
+    def set_autostart(self, uuid: str, enabled: bool) -> bool:
+        """See `agent.virt.seam.Hypervisor.set_autostart`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("setting autostart", domain.name()):
+            before = bool(domain.autostart())
+            if before != enabled:
+                domain.setAutostart(int(enabled))
+        return before
+
+    def open_view(self, uuid: str, targets: Sequence[str], tag: str) -> View:
+        """See `agent.virt.seam.Hypervisor.open_view`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("opening a view", domain.name()):
+            return views.open_view(domain, targets, tag, self._places)
+
+    def close_view(self, uuid: str, tag: str) -> None:
+        """See `agent.virt.seam.Hypervisor.close_view`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("closing a view", domain.name()):
+            others = [number for number in domain.connect().listDomainsID() if number != domain.ID()]
+            views.close_view(domain, tag, self._places, others)
+
+    def protect(self, uuid: str, targets: Sequence[str], snapshot: str, description: str) -> tuple[Overlay, ...]:
+        """See `agent.virt.seam.Hypervisor.protect`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("its protective snapshot", domain.name()):
+            return protection.protect(domain, targets, snapshot, description, self._places)
+
+    def unprotect(self, uuid: str, snapshot: str, overlays: Sequence[Overlay]) -> None:
+        """See `agent.virt.seam.Hypervisor.unprotect`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("undoing its protective snapshot", domain.name()):
+            protection.unprotect(domain, snapshot, overlays, self._places)
+
+    def close(self) -> None:
+        """See `agent.virt.seam.Hypervisor.close`."""
+        self._connection.close()
+
+
+def _version(number: int) -> str:
+    """libvirt's version numbers: major * 1,000,000 + minor * 1,000 + release."""
+    return f"{number // 1_000_000}.{number // 1_000 % 1_000}.{number % 1_000}"
