@@ -69,9 +69,9 @@ async def serve(config: Config) -> None:
     tls = config.tls
     server = server_context(certificate=tls.certificate, key=tls.key, ca=tls.ca)
     client = client_context(certificate=tls.certificate, key=tls.key, ca=tls.ca)
-    _make_runtime_dir(config)
     ledger = await trio.to_thread.run_sync(lambda: Ledger.open(config.state_dir))
     try:
+        _make_runtime_dir(config)
         control = await _listen(config.listen, config.control_port, "control_port")
         bulk = await _listen(config.listen, config.bulk_port, "bulk_port")
         hypervisor = await trio.to_thread.run_sync(
@@ -164,6 +164,9 @@ async def _listen(address: str, port: int, key: str) -> list[trio.SocketListener
 def _make_runtime_dir(config: Config) -> None:
     try:
         config.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Sockets of an agent that was killed; the processes behind them died with it.
+        for stale in config.runtime_dir.glob("nbd-*"):
+            stale.unlink(missing_ok=True)
     except OSError as error:
         raise StartError(
             f"the runtime folder {config.runtime_dir} cannot be made: {error.strerror}; set runtime_dir to another"

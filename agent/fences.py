@@ -109,7 +109,7 @@ class FenceKeeper:
             HypervisorError: the VM is not off, or a target is missing.
         """
         domain = self.hypervisor.inspect(vm_uuid)
-        if domain.state not in (PowerState.OFF, PowerState.CRASHED):
+        if domain.state is not PowerState.OFF:
             raise HypervisorError(
                 f"the VM {domain.name} is {domain.state.value}; only a VM that is off can be fenced: power it off first"
             )

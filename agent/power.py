@@ -19,7 +19,7 @@ WAIT_SLICE_S = 1.0
 
 def is_off(state: PowerState) -> bool:
     """Whether no process of the VM holds its disks."""
-    return state in (PowerState.OFF, PowerState.CRASHED)
+    return state is PowerState.OFF
 
 
 async def power_off(

@@ -75,7 +75,7 @@ class ViewDesk:
         if vm_uuid in self._open:
             raise HypervisorError(f"a view of the VM {vm_uuid} is open already: close {self._open[vm_uuid].view} first")
         state = self.hypervisor.state(vm_uuid)
-        live = state not in (PowerState.OFF, PowerState.CRASHED)
+        live = state is not PowerState.OFF
         opened = OpenedView(view, live)
         try:
             if live:

@@ -1,0 +1,454 @@
+"""Two agents and their VMs in memory, which watch the invariants of DESIGN section 7 after every order.
+
+It models what a coordinator can see of `agent.service`: power, fences, epochs, flags, views, passes and protective
+snapshots. Disks are short byte strings; a running guest writes at every order that any agent gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from coordinator.agents import Agent, ProgressCallback
+from coordinator.errors import AgentRefused, HostUnreachable
+from protocol.messages import (
+    AllowPass,
+    AskPower,
+    CloseView,
+    Condition,
+    DescribeHost,
+    Direction,
+    DiskDescription,
+    DiskProgress,
+    DiskReport,
+    Done,
+    FenceDescription,
+    FenceVm,
+    Grant,
+    HostDescription,
+    ImageDescription,
+    InspectVm,
+    LiftFence,
+    OnTimeout,
+    OpenView,
+    OrderRequest,
+    PassProgress,
+    PassReport,
+    Ping,
+    Pong,
+    Power,
+    PowerAnswer,
+    PoweredOff,
+    PowerOff,
+    PowerOn,
+    Protect,
+    Protected,
+    ProtectedDisk,
+    Reply,
+    Request,
+    RunPass,
+    SetCondition,
+    Side,
+    SnapshotDescription,
+    TargetSize,
+    Unprotect,
+    ViewOpened,
+    VmDescription,
+)
+
+Content = dict[str, bytes]
+"""What the disks hold, by target."""
+
+
+@dataclass
+class FakeFence:
+    """A fence as the agent's ledger keeps it."""
+
+    side: Side
+    autostart_before: bool
+    pair: str
+    run: str
+
+
+@dataclass
+class FakeVm:
+    """A VM. `overlay` is what the guest sees once a protective snapshot stands; `disks` are then frozen."""
+
+    uuid: str
+    name: str
+    host: str
+    power: Power
+    disks: Content
+    autostart: bool = True
+    fence: FakeFence | None = None
+    condition: Condition | None = None
+    view: str | None = None
+    snapshots: dict[str, Content] = field(default_factory=dict)
+    ignores_shutdown: bool = False
+    fails_to_start: bool = False
+    boots: int = 0
+
+    @property
+    def is_off(self) -> bool:
+        return self.power is Power.OFF
+
+
+Fault = Callable[[str, Request, str], None]
+"""Called with host, request and ``before``, ``midway`` (of a pass) or ``after``; raises what should go wrong there."""
+
+
+def no_fault(_host: str, _request: Request, _moment: str) -> None:
+    """Nothing goes wrong."""
+
+
+class World:
+    """Production host ``prod`` with the original, DR host ``dr`` with the replica, which is in use."""
+
+    def __init__(self, disks: tuple[str, ...] = ("vda", "vdb")) -> None:
+        self.original = FakeVm("u-orig", "web", "prod", Power.OFF, {d: b"old-" + d.encode() for d in disks})
+        self.replica = FakeVm("u-repl", "web", "dr", Power.RUNNING, {d: b"old-" + d.encode() for d in disks})
+        self.views: dict[str, tuple[bool, Content]] = {}
+        self.grants: dict[tuple[str, str], Grant] = {}
+        self.epochs: dict[str, int] = {}
+        self.fault: Fault = no_fault
+        self.orders: list[tuple[str, Request]] = []
+        self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
+        self.last_words: Content = {}  # the newest data when the replica went off
+        self.writes = 0
+        self.passes: dict[str, _Meeting] = {}
+        self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
+
+    # --- what tests look at ---------------------------------------------------------------------------------------
+
+    def agent(self, host: str) -> Agent:
+        """See `coordinator.agents.AgentDirectory`."""
+        return FakeAgent(self, host)
+
+    def bulk_endpoint(self, host: str) -> tuple[str, int | None]:
+        """See `coordinator.agents.AgentDirectory`."""
+        return f"bulk-{host}", None
+
+    def vm(self, uuid_or_name: str, host: str) -> FakeVm:
+        for vm in (self.original, self.replica):
+            if vm.host == host and uuid_or_name in (vm.uuid, vm.name):
+                return vm
+        raise AgentRefused(f"no VM {uuid_or_name} on {host}", code="no-such-domain")
+
+    def check(self) -> None:
+        """The invariants; called after every order."""
+        running = [vm.name for vm in (self.original, self.replica) if not vm.is_off]
+        assert len(running) < 2, "I1: original and replica run at the same time"
+        assert not (not self.original.is_off and self.original.condition is Condition.TORN), "a torn original runs"
+        for vm in (self.original, self.replica):
+            assert vm.is_off or vm.fence is None, "a fenced VM runs"
+        if self.frozen is not None:
+            assert self.replica.disks == self.frozen, "I3: the replica's disks changed while it was off"
+
+    def guests_write(self) -> None:
+        """Every running guest writes."""
+        self.writes += 1
+        for vm in (self.original, self.replica):
+            if not vm.is_off:
+                first = next(iter(vm.disks))
+                vm.disks = {**vm.disks, first: f"{vm.uuid}-{self.writes}".encode()}
+
+    def crash_ends_passes(self) -> None:
+        """The coordinator's connections ended: agents cancel what it had asked for."""
+        self.passes.clear()
+
+    # --- orders ---------------------------------------------------------------------------------------------------
+
+    async def handle(self, host: str, request: Request, on_progress: ProgressCallback | None) -> Reply:
+        if isinstance(request, OrderRequest):
+            seen = self.epochs.get(host, 0)
+            if request.order.epoch < seen:
+                raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
+            self.epochs[host] = request.order.epoch
+            self.orders.append((host, request))
+        match request:
+            case Ping():
+                return Pong()
+            case DescribeHost():
+                return _host(host)
+            case InspectVm():
+                return self._describe(self.vm(request.vm, host))
+            case AskPower():
+                return PowerAnswer(power=self.vm(request.vm_uuid, host).power, images_free=True, holders=())
+            case AllowPass():
+                self.grants[host, request.grant.grant] = request.grant
+                return Done()
+            case RunPass():
+                return await self._run_pass(host, request, on_progress)
+            case _:
+                return self._obey(self.vm(request.vm_uuid, host), request)
+
+    def _obey(self, vm: FakeVm, request: OrderRequest) -> Reply:
+        match request:
+            case PowerOff():
+                return self._power_off(vm, request)
+            case PowerOn():
+                return self._power_on(vm)
+            case FenceVm():
+                return self._fence(vm, request)
+            case LiftFence():
+                return self._lift(vm, request)
+            case SetCondition():
+                if vm.fence is None:
+                    raise AgentRefused("not fenced", code="not-fenced")
+                vm.condition, vm.view = request.condition, request.view
+                return Done()
+            case OpenView():
+                assert request.view not in self.views, "a view's name is used twice"
+                if vm.is_off and vm.fence is None:
+                    raise AgentRefused("not fenced", code="not-fenced")
+                self.views[request.view] = (not vm.is_off, dict(vm.disks))
+                sizes = tuple(TargetSize(target=t, size_bytes=SIZE_BYTES) for t in request.targets)
+                return ViewOpened(view=request.view, live=not vm.is_off, disks=sizes)
+            case CloseView():
+                self.views.pop(request.view, None)
+                return Done()
+            case Protect():
+                assert vm.is_off, "snapshot of a running VM"
+                assert vm.fence is not None, "snapshot of a VM without a fence"
+                vm.snapshots.setdefault(request.snapshot, dict(vm.disks))
+                disks = tuple(
+                    ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in request.targets
+                )
+                return Protected(snapshot=request.snapshot, disks=disks)
+            case Unprotect():
+                assert vm.is_off, "snapshot dropped under a running VM"
+                vm.snapshots.pop(request.snapshot, None)
+                return Done()
+            case _:
+                raise AssertionError(request)
+
+    def _power_off(self, vm: FakeVm, request: PowerOff) -> PoweredOff:
+        if vm.is_off:
+            return PoweredOff(was_running=False, forced=False, elapsed_s=0.0)
+        if vm.ignores_shutdown and request.on_timeout is OnTimeout.ABORT:
+            raise AgentRefused(f"the guest {vm.name} still runs", code="shutdown-timeout")
+        vm.power = Power.OFF
+        if vm is self.replica:
+            self.frozen = dict(vm.disks)
+            self.last_words = dict(vm.disks)
+        return PoweredOff(was_running=True, forced=vm.ignores_shutdown, elapsed_s=1.0)
+
+    def _power_on(self, vm: FakeVm) -> Done:
+        if vm.fence is not None or vm.condition is Condition.TORN:
+            raise AgentRefused(f"{vm.name} is fenced or torn", code="fenced")
+        if vm.fails_to_start:
+            raise AgentRefused(f"libvirt cannot start {vm.name}: no such CPU", code="hypervisor")
+        if vm.is_off:
+            if vm is self.original:
+                assert vm.disks == self.last_words, "I2: the original starts and is not what the replica last held"
+            else:
+                assert vm.disks == (self.frozen or vm.disks), "I3: the replica starts on other data"
+                self.frozen = None
+            vm.power = Power.RUNNING
+            vm.boots += 1
+        if vm.condition is not None:
+            vm.condition, vm.view = Condition.INTACT, None
+        return Done()
+
+    def _fence(self, vm: FakeVm, request: FenceVm) -> FenceDescription:
+        if not vm.is_off:
+            raise AgentRefused(f"{vm.name} is {vm.power.value}; power it off first", code="hypervisor")
+        if vm.fence is None:
+            vm.fence = FakeFence(request.side, vm.autostart, request.order.pair, request.order.run)
+        vm.autostart = False
+        return self._fence_description(vm, vm.fence)
+
+    def _lift(self, vm: FakeVm, request: LiftFence) -> Done:
+        if vm.condition is Condition.TORN:
+            raise AgentRefused("torn", code="torn")
+        if vm.fence is not None:
+            if request.restore_autostart:
+                vm.autostart = vm.fence.autostart_before if request.autostart is None else request.autostart
+            vm.fence = None
+        return Done()
+
+    async def _run_pass(self, host: str, request: RunPass, on_progress: ProgressCallback | None) -> PassReport:
+        grant = self.grants[host, request.grant]
+        sends = grant.direction is Direction.SEND
+        meeting = self.passes.setdefault(request.grant, _Meeting())
+        if not sends:
+            assert not meeting.sender_came, "the sender came before the receiver"
+            meeting.receiver_waits = True
+            try:
+                await meeting.ended.wait()
+            finally:
+                meeting.receiver_waits = False
+            if meeting.failed:
+                raise AgentRefused("the source agent gave the pass up", code="peer-failed")
+            return PassReport(view=grant.view, elapsed_s=1.0, disks=self._reports(grant, sends=False))
+        assert request.peer_name == "prod", "the sender calls somebody else"
+        meeting.sender_came = True
+        try:
+            return await self._send(host, request, grant, meeting, on_progress)
+        except AgentRefused:
+            meeting.failed = True
+            meeting.ended.set()
+            raise
+
+    async def _send(
+        self, host: str, request: RunPass, grant: Grant, meeting: _Meeting, on_progress: ProgressCallback | None
+    ) -> PassReport:
+        if not meeting.receiver_waits:
+            raise AgentRefused("the target agent knows no such pass", code="peer-gone")
+        progress = tuple(_progress(disk.target, SIZE_BYTES // 2) for disk in grant.disks)
+        if on_progress is not None:
+            on_progress(PassProgress(disks=progress))
+        self.original.condition, self.original.view = Condition.TORN, None
+        assert self.original.fence is not None, "written without a fence"
+        self.original.disks = dict.fromkeys(self.original.disks, b"half")
+        self.fault(host, request, "midway")
+        if self.pass_hold is not None:
+            await self.pass_hold.wait()
+        if grant.view not in self.views:
+            raise AgentRefused(f"the view {grant.view} is gone", code="sync")
+        content = self.views[grant.view][1]
+        for disk in grant.disks:
+            self.original.disks[disk.peer_target] = content[disk.target]
+        meeting.ended.set()
+        return PassReport(view=grant.view, elapsed_s=1.0, disks=self._reports(grant, sends=True))
+
+    def _reports(self, grant: Grant, *, sends: bool) -> tuple[DiskReport, ...]:
+        return tuple(
+            DiskReport(
+                target=disk.target,
+                size_bytes=disk.source_size_bytes,
+                zero_bytes=SIZE_BYTES // 4 if sends else 0,
+                compared_bytes=SIZE_BYTES - SIZE_BYTES // 4,
+                changed_bytes=4096 if sends else 0,
+                wire_bytes=1000 if sends else 0,
+                written_bytes=0 if sends else 4096,
+                zeroed_bytes=0 if sends else 512,
+                verified_bytes=0 if sends else 4608,
+                rung="digests",
+                why_not_higher="no bitmap",
+                past_cache=True,
+            )
+            for disk in grant.disks
+        )
+
+    def _describe(self, vm: FakeVm) -> VmDescription:
+        return VmDescription(
+            uuid=vm.uuid,
+            name=vm.name,
+            power=vm.power,
+            persistent=True,
+            autostart=vm.autostart,
+            managed_save=False,
+            on_poweroff="destroy",
+            machine="pc",
+            firmware="bios",
+            has_tpm=False,
+            passthrough=(),
+            disks=tuple(_disk(target) for target in vm.disks),
+            snapshots=tuple(SnapshotDescription(name=name, ours=True, external=True) for name in vm.snapshots),
+            checkpoints=(),
+            job=None,
+            job_is_ours=False,
+            fence=None if vm.fence is None else self._fence_description(vm, vm.fence),
+        )
+
+    def _fence_description(self, vm: FakeVm, fence: FakeFence) -> FenceDescription:
+        return FenceDescription(
+            pair=fence.pair,
+            run=fence.run,
+            side=fence.side,
+            autostart_before=fence.autostart_before,
+            locked=tuple(vm.disks),
+            unlocked=(),
+            condition=vm.condition,
+            view=vm.view,
+        )
+
+
+SIZE_BYTES = 1 << 20
+
+
+@dataclass
+class _Meeting:
+    """Where the two ends of a pass meet."""
+
+    receiver_waits: bool = False
+    sender_came: bool = False
+    failed: bool = False
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class FakeAgent:
+    """One of the world's agents."""
+
+    def __init__(self, world: World, host: str) -> None:
+        self._world = world
+        self._host = host
+
+    @property
+    def host(self) -> str:
+        """The host's name."""
+        return self._host
+
+    async def ask(
+        self, request: Request, *, timeout_s: float | None, on_progress: ProgressCallback | None = None
+    ) -> Reply:
+        """See `coordinator.agents.Agent.ask`."""
+        await trio.lowlevel.checkpoint()
+        self._world.guests_write()
+        self._world.fault(self._host, request, "before")
+        reply = await self._world.handle(self._host, request, on_progress)
+        self._world.check()
+        self._world.fault(self._host, request, "after")
+        return reply
+
+
+def unreachable(host: str) -> HostUnreachable:
+    """The error of a host that does not answer."""
+    return HostUnreachable(f"the agent on {host} cannot be asked: no answer; check it", host=host)
+
+
+def _host(host: str) -> HostDescription:
+    return HostDescription(
+        host=host,
+        software="failback 0",
+        hypervisor_uri="fake:///",
+        libvirt_version="9.0.0",
+        qemu_version="7.2.0",
+        bulk_port=9861,
+        fingerprint=f"fingerprint-{host}",
+        missing_tools=(),
+    )
+
+
+def _disk(target: str) -> DiskDescription:
+    image = ImageDescription(
+        path=f"/{target}",
+        format="raw",
+        identity=target,
+        virtual_size_bytes=SIZE_BYTES,
+        internal_snapshots=0,
+        bitmaps=(),
+        dirty=False,
+        corrupt=False,
+        encrypted=False,
+        external_data=False,
+    )
+    return DiskDescription(
+        target=target,
+        kind="file",
+        chain=(image,),
+        sector_bytes=512,
+        shareable=False,
+        readonly=False,
+        problem=None,
+        free_bytes=1 << 30,
+    )
+
+
+def _progress(target: str, done_bytes: int) -> DiskProgress:
+    return DiskProgress(
+        target=target, total_bytes=SIZE_BYTES, done_bytes=done_bytes, zero_bytes=0, changed_bytes=0, wire_bytes=0
+    )

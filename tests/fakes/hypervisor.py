@@ -1,0 +1,349 @@
+"""`FakeHypervisor`: a hypervisor in memory that passes the contract tests of the real one.
+
+Domains, their power and jobs are plain values on a `FakeMachine`; only the images are real files (of plain bytes,
+whatever format they claim), so that what opens, locks or compares them works as ever. Time is virtual: nothing sleeps,
+a guest that needs ten seconds to power off has taken them when `wait_off` returns.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import shutil
+import threading
+import uuid as uuids
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from agent.errors import HypervisorError, NoSuchDomain
+from agent.virt import images
+from agent.virt.names import (
+    ImageRef,
+    check_snapshot,
+    check_tag,
+    is_ours,
+    marked,
+    overlay_paths,
+    scratch_name,
+    socket_name,
+)
+from agent.virt.seam import (
+    Domain,
+    DomainDisk,
+    HostFacts,
+    Image,
+    Overlay,
+    PowerState,
+    Snapshot,
+    SourceKind,
+    View,
+)
+
+
+class GuestBehaviour(enum.Enum):
+    """What a guest does with a shutdown request."""
+
+    OBEYS = "obeys"  # powers off half a second later
+    SLOW = "slow"  # powers off `FakeDomain.slow_s` later
+    IGNORES = "ignores"
+
+
+OBEYS_WITHIN_S = 0.5
+
+
+@dataclass(slots=True)
+class FakeImage:
+    """An image: `backing` is the one below it, or None."""
+
+    path: Path
+    format: str
+    backing: FakeImage | None = None
+
+    def chain(self) -> Iterator[FakeImage]:
+        """This image and everything below it."""
+        image: FakeImage | None = self
+        while image is not None:
+            yield image
+            image = image.backing
+
+
+@dataclass(slots=True)
+class FakeSnapshot:
+    """A snapshot's metadata."""
+
+    name: str
+    description: str
+    overlays: tuple[Overlay, ...]
+
+
+@dataclass(slots=True)
+class FakeView:
+    """A running pull-mode backup: its tag and the frozen bytes by target. A foreign one has the tag None."""
+
+    tag: str | None
+    frozen: dict[str, bytes]
+
+
+@dataclass(slots=True)
+class FakeDomain:
+    """A domain; tests set its fields at will."""
+
+    uuid: str
+    name: str
+    disks: dict[str, FakeImage]
+    guest: GuestBehaviour = GuestBehaviour.OBEYS
+    slow_s: float = 30.0
+    state: PowerState = PowerState.OFF
+    persistent: bool = True
+    autostart: bool = False
+    managed_save: bool = False
+    on_poweroff: str = "destroy"
+    firmware: str = "bios"
+    has_tpm: bool = False
+    qemu_hangs: bool = False
+    off_at_s: float | None = None
+    view: FakeView | None = None
+    snapshots: list[FakeSnapshot] = field(default_factory=list)
+
+    def end(self) -> None:
+        """The process is gone, and its jobs with it."""
+        self.state, self.off_at_s, self.view = PowerState.OFF, None, None
+
+
+class FakeMachine:
+    """What outlives an agent: domains, the clock, the hypervisor's own folder.
+
+    Args:
+        folder: a folder for sockets; exists.
+        hostname: what the host calls itself.
+    """
+
+    def __init__(self, folder: Path, hostname: str = "fake") -> None:
+        self.folder = folder
+        self.hostname = hostname
+        self.now_s = 0.0
+        self.lock = threading.RLock()
+        self.domains: dict[str, FakeDomain] = {}
+
+    def define(
+        self,
+        name: str,
+        disks: Mapping[str, tuple[Path, str]],
+        *,
+        uuid: str | None = None,
+        guest: GuestBehaviour = GuestBehaviour.OBEYS,
+    ) -> FakeDomain:
+        """A new domain, off; `disks` maps targets to existing files and formats."""
+        chains = {target: FakeImage(path, image_format) for target, (path, image_format) in disks.items()}
+        domain = FakeDomain(uuid=uuid or str(uuids.uuid4()), name=name, disks=chains, guest=guest)
+        self.domains[domain.uuid] = domain
+        return domain
+
+    def guest_writes(self, uuid: str, target: str, offset_bytes: int, data: bytes) -> None:
+        """The running guest of that domain writes to its disk."""
+        domain = self.domains[uuid]
+        assert domain.state is PowerState.RUNNING
+        with domain.disks[target].path.open("r+b") as image:
+            image.seek(offset_bytes)
+            image.write(data)
+
+    def read_view(self, view: View, target: str) -> bytes:
+        """What an NBD client would read of an open view."""
+        job = self.domains[view.domain_uuid].view
+        assert job is not None
+        assert view.socket.exists()
+        return job.frozen[view.exports[target]]
+
+
+class FakeHypervisor:
+    """`agent.virt.seam.Hypervisor` on a `FakeMachine`; several on one machine are an agent's successive lives."""
+
+    def __init__(self, machine: FakeMachine) -> None:
+        self.machine = machine
+
+    def facts(self) -> HostFacts:
+        return HostFacts(
+            hostname=self.machine.hostname, uri="fake:///memory", libvirt_version="9.0.0", qemu_version="7.2.0"
+        )
+
+    def find(self, name_or_uuid: str) -> str:
+        with self.machine.lock:
+            for domain in self.machine.domains.values():
+                if name_or_uuid in (domain.uuid, domain.name):
+                    return domain.uuid
+        raise NoSuchDomain(f"This host knows no VM {name_or_uuid}.", vm=name_or_uuid)
+
+    @contextmanager
+    def _domain(self, uuid: str) -> Iterator[FakeDomain]:
+        with self.machine.lock:
+            domain = self.machine.domains[self.find(uuid)]
+            if domain.off_at_s is not None and domain.off_at_s <= self.machine.now_s:
+                domain.end()
+            yield domain
+
+    def inspect(self, uuid: str) -> Domain:
+        with self._domain(uuid) as domain:
+            return Domain(
+                uuid=domain.uuid,
+                name=domain.name,
+                state=domain.state,
+                persistent=domain.persistent,
+                autostart=domain.autostart,
+                managed_save=domain.managed_save,
+                on_poweroff=domain.on_poweroff,
+                machine="pc-i440fx-7.2",
+                firmware=domain.firmware,
+                has_tpm=domain.has_tpm,
+                passthrough=(),
+                disks=tuple(_describe(target, top) for target, top in domain.disks.items()),
+                snapshots=tuple(
+                    Snapshot(name=s.name, ours=is_ours(s.name, s.description), external=True) for s in domain.snapshots
+                ),
+                checkpoints=(),
+                job=None if domain.view is None else "backup",
+            )
+
+    def state(self, uuid: str) -> PowerState:
+        with self._domain(uuid) as domain:
+            return domain.state
+
+    def power_on(self, uuid: str) -> None:
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.RUNNING:
+                return
+            if domain.state is not PowerState.OFF:
+                raise HypervisorError(f"VM {domain.name} is {domain.state.value}.", vm=domain.name)
+            if domain.managed_save:
+                raise HypervisorError(f"VM {domain.name} has saved memory.", vm=domain.name)
+            missing = [image.path for top in domain.disks.values() for image in top.chain() if not image.path.exists()]
+            if missing:
+                raise HypervisorError(f"VM {domain.name}: {missing[0]} is missing.", vm=domain.name)
+            domain.state = PowerState.RUNNING
+
+    def request_shutdown(self, uuid: str) -> None:
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.OFF:
+                return
+            if domain.state is not PowerState.RUNNING:
+                raise HypervisorError(f"VM {domain.name} is {domain.state.value}, it cannot answer.", vm=domain.name)
+            if domain.guest is not GuestBehaviour.IGNORES and domain.off_at_s is None:
+                takes_s = OBEYS_WITHIN_S if domain.guest is GuestBehaviour.OBEYS else domain.slow_s
+                domain.off_at_s = self.machine.now_s + takes_s
+
+    def wait_off(self, uuid: str, timeout_s: float) -> bool:
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.OFF:
+                return True
+            deadline_s = self.machine.now_s + timeout_s
+            is_off = domain.off_at_s is not None and domain.off_at_s <= deadline_s
+            self.machine.now_s = domain.off_at_s if is_off and domain.off_at_s is not None else deadline_s
+            if is_off:
+                domain.end()
+            return is_off
+
+    def force_off(self, uuid: str, *, graceful: bool) -> None:
+        with self._domain(uuid) as domain:
+            if graceful and domain.qemu_hangs:
+                raise HypervisorError(f"VM {domain.name}: QEMU does not end.", vm=domain.name)
+            domain.end()
+
+    def set_autostart(self, uuid: str, enabled: bool) -> bool:
+        with self._domain(uuid) as domain:
+            before, domain.autostart = domain.autostart, enabled
+            return before
+
+    def open_view(self, uuid: str, targets: Sequence[str], tag: str) -> View:
+        check_tag(tag)
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.OFF:
+                raise HypervisorError(f"VM {domain.name} is off.", vm=domain.name)
+            if domain.view is not None:
+                raise HypervisorError(f"VM {domain.name} has a backup running already.", vm=domain.name)
+            tops = {target: _disk(domain, target) for target in targets}
+            domain.view = FakeView(tag, {target: top.path.read_bytes() for target, top in tops.items()})
+            for target, top in tops.items():
+                (top.path.parent / scratch_name(domain.uuid, target, tag)).touch()
+            socket = self.machine.folder / f"{domain.uuid}-{socket_name(tag)}"
+            socket.touch()
+            return View(domain_uuid=domain.uuid, socket=socket, exports={target: target for target in targets})
+
+    def close_view(self, uuid: str, tag: str) -> None:
+        check_tag(tag)
+        with self._domain(uuid) as domain:
+            if domain.view is not None and domain.view.tag == tag:
+                domain.view = None
+            for target, top in domain.disks.items():
+                for image in top.chain():
+                    (image.path.parent / scratch_name(domain.uuid, target, tag)).unlink(missing_ok=True)
+            (self.machine.folder / f"{domain.uuid}-{socket_name(tag)}").unlink(missing_ok=True)
+
+    def protect(self, uuid: str, targets: Sequence[str], snapshot: str, description: str) -> tuple[Overlay, ...]:
+        check_snapshot(snapshot)
+        with self._domain(uuid) as domain:
+            _require_off(domain)
+            for known in domain.snapshots:
+                if known.name == snapshot:
+                    return known.overlays
+            bases = {target: _disk(domain, target) for target in targets}
+            refs = {target: ImageRef(path=base.path, format=base.format) for target, base in bases.items()}
+            paths = overlay_paths(refs, snapshot, self.machine.folder)
+            for target, base in bases.items():
+                shutil.copyfile(base.path, paths[target])
+                domain.disks[target] = FakeImage(paths[target], "qcow2", base)
+            overlays = tuple(
+                Overlay(target=target, base=base.path, base_format=base.format, overlay=paths[target])
+                for target, base in bases.items()
+            )
+            domain.snapshots.append(FakeSnapshot(snapshot, marked(description), overlays))
+            return overlays
+
+    def unprotect(self, uuid: str, snapshot: str, overlays: Sequence[Overlay]) -> None:
+        with self._domain(uuid) as domain:
+            _require_off(domain)
+            metadata = [known for known in domain.snapshots if known.name == snapshot]
+            known = {o.target: o for o in itertools.chain(overlays, *(s.overlays for s in metadata))}
+            tops = {target: top for target, top in domain.disks.items() if target in known}
+            for target, top in tops.items():
+                if known[target].overlay in [image.path for image in top.chain()][1:]:
+                    raise HypervisorError(f"VM {domain.name}: {top.path} stands on {snapshot}.", vm=domain.name)
+            for target, top in tops.items():
+                if top.path == known[target].overlay and top.backing is not None:
+                    domain.disks[target] = top.backing
+            domain.snapshots = [s for s in domain.snapshots if s.name != snapshot]
+            for overlay in known.values():
+                overlay.overlay.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        return
+
+
+def _disk(domain: FakeDomain, target: str) -> FakeImage:
+    if target not in domain.disks:
+        raise HypervisorError(f"VM {domain.name} has no disk {target}.", vm=domain.name)
+    return domain.disks[target]
+
+
+def _require_off(domain: FakeDomain) -> None:
+    if domain.state is not PowerState.OFF:
+        raise HypervisorError(f"VM {domain.name} is {domain.state.value}: power it off.", vm=domain.name)
+
+
+def _describe(target: str, top: FakeImage) -> DomainDisk:
+    disk = DomainDisk(target=target, kind=SourceKind.FILE, chain=(), free_bytes=images.free_bytes(top.path.parent))
+    try:
+        return replace(
+            disk,
+            chain=tuple(
+                Image(
+                    path=image.path,
+                    format=image.format,
+                    identity=images.identity(image.path),
+                    virtual_size_bytes=image.path.stat().st_size,
+                )
+                for image in top.chain()
+            ),
+        )
+    except images.UnreadableChain as error:
+        return replace(disk, problem=error.sentence)
