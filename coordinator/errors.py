@@ -52,6 +52,13 @@ class Refused(CoordinatorError):
     exit_code = ExitCode.REFUSED
 
 
+class PairBusy(CoordinatorError):
+    """Another process is working on the pair's run."""
+
+    code = "pair-busy"
+    exit_code = ExitCode.REFUSED
+
+
 class NeedsOperator(CoordinatorError):
     """Something only a person can know; the sentence names the exits."""
 

@@ -58,8 +58,20 @@ class OriginalFlag:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorCall:
+    """Why a pair is in *Needs operator*: a sentence, the verbs that lead out, and the state it was in before."""
+
+    sentence: str
+    exits: tuple[str, ...]
+    before: State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One original with its replica, disk by disk. `epoch` only ever grows; `run` is the unfinished or last run."""
+    """One original with its replica, disk by disk. `epoch` only ever grows; `run` is the unfinished or last run.
+
+    `original_autostart` is what the original's autostart was before a run first took it away; None while no run has.
+    """
 
     name: str
     original: VmRef
@@ -71,6 +83,8 @@ class Pair:
     flag: OriginalFlag
     epoch: int
     run: str | None
+    original_autostart: bool | None = None
+    operator: OperatorCall | None = None
 
 
 class RestorePoint(enum.Enum):
@@ -100,7 +114,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """One reason why the plan says no. `about` names the thing; `sentence` has thing, cause and cure in one sentence."""
+    """One reason why the plan says no. `about` names the thing; `sentence` has thing, cause and cure."""
 
     code: str
     about: str
@@ -130,3 +144,18 @@ class Plan:
     disks: tuple[PlannedDisk, ...]
     steps: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairRequest:
+    """What `register` is told. VMs by name or UUID; `disks` empty: map by equal target names, `excluded` replica
+    targets left out. `in_failover`: the replica has taken over already (proven: original off, replica on)."""
+
+    name: str
+    original_host: str
+    original_vm: str
+    replica_host: str
+    replica_vm: str
+    disks: tuple[DiskPair, ...] = ()
+    excluded: tuple[str, ...] = ()
+    in_failover: bool = False

@@ -1,0 +1,46 @@
+"""``failback commit``: make a failback final."""
+
+from __future__ import annotations
+
+import click
+
+from coordinator.cli.parameters import PAIR
+from coordinator.cli.session import Session
+from coordinator.cli.start import Declined
+from coordinator.cli.verb import verb
+from coordinator.cli.working import close, work_here
+from coordinator.events import Outcome
+from coordinator.model import RestorePoint
+from coordinator.runs import Coordinator
+
+
+@verb("commit", "Make a failback final.")
+@click.argument("pair", type=PAIR)
+@click.option(
+    "--restore-point",
+    type=click.Choice([choice.value for choice in RestorePoint]),
+    default=RestorePoint.KEEP.value,
+    show_default=True,
+    help="Keep the protective snapshot of the replica as a restore point, or drop it.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def command(session: Session, pair: str, restore_point: str, yes: bool) -> int:
+    """Make the failback of PAIR final: it cannot be undone any more, the replica stands by again.
+
+    \b
+    Example:
+      failback commit web1 --restore-point drop
+    """
+    if not session.confirm(f"Make the failback of {pair} final? It cannot be undone then.", yes=yes, action="commit"):
+        raise Declined("not committed, nothing was touched", pair=pair)
+
+    async def committing(coordinator: Coordinator) -> Outcome:
+        return await work_here(
+            session,
+            pair,
+            coordinator,
+            lambda observer, _stop: coordinator.commit(pair, RestorePoint(restore_point), observer=observer),
+        )
+
+    return close(session, "commit", session.run(committing))

@@ -1,0 +1,42 @@
+"""``failback plan``: what a run would do, refuse and rest on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from coordinator.cli.output import error_object
+from coordinator.cli.parameters import PAIR
+from coordinator.cli.planning import chosen_options, plan_run, refused, run_options
+from coordinator.cli.report_view import show_plan
+from coordinator.cli.session import Session
+from coordinator.cli.verb import verb
+from coordinator.errors import ExitCode
+
+
+@verb("plan", "Show what a failback would do, and every reason against it.")
+@click.argument("pair", type=PAIR)
+@run_options
+@click.pass_obj
+def command(session: Session, /, pair: str, **chosen: Any) -> int:
+    """Show what a failback of PAIR would do, on what evidence, and every reason against it.
+
+    Both agents are asked; nothing is changed. The options are those of `start`. Exit code 3 means that `start` would
+    refuse; each reason comes with its cure.
+
+    \b
+    Example:
+      failback plan web1 --no-power-on
+    """
+    options = chosen_options(**chosen)
+    plan = session.run(lambda coordinator: plan_run(coordinator, pair, options))
+    show_plan(session.output, plan)
+    if plan.refusals:
+        error = refused(plan)
+        session.output.finish({"verb": "plan", **error_object(error), "plan": plan})
+        return error.exit_code
+    session.output.say()
+    session.output.say(f"Nothing speaks against it: `failback start {pair}`.")
+    session.output.finish({"verb": "plan", "plan": plan})
+    return ExitCode.DONE

@@ -1,0 +1,90 @@
+"""What `plan` and `start` share: the options of a run, and the plan made from what both agents say."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from coordinator.cli.parameters import DURATION_S
+from coordinator.errors import Refused
+from coordinator.model import Plan, RunOptions, ShutdownPolicy
+from coordinator.plan import make_plan
+from coordinator.runs import Coordinator
+from coordinator.survey import failover_since, survey
+
+_OPTIONS = (
+    click.option("--power-on/--no-power-on", default=True, help="Power the original on at the end (default: on)."),
+    click.option(
+        "--power-off-original",
+        is_flag=True,
+        help="Power the original off if it runs; what it wrote itself is lost. --yes does not imply it.",
+    ),
+    click.option(
+        "--shutdown-timeout",
+        "shutdown_timeout_s",
+        type=DURATION_S,
+        default="15m",
+        show_default=True,
+        help="How long a guest may take to power off.",
+    ),
+    click.option(
+        "--shutdown-policy",
+        type=click.Choice([policy.value for policy in ShutdownPolicy]),
+        default=ShutdownPolicy.ABORT.value,
+        show_default=True,
+        help="When that time is over: leave it running and stop, or power it off by force.",
+    ),
+    click.option(
+        "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
+    ),
+)
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a verb the options of a run."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def chosen_options(
+    *,
+    power_on: bool,
+    power_off_original: bool,
+    shutdown_timeout_s: float,
+    shutdown_policy: str,
+    allow_larger_target: bool,
+) -> RunOptions:
+    """The options as values."""
+    return RunOptions(
+        power_on=power_on,
+        power_off_original=power_off_original,
+        shutdown_timeout_s=shutdown_timeout_s,
+        shutdown_policy=ShutdownPolicy(shutdown_policy),
+        allow_larger_target=allow_larger_target,
+    )
+
+
+async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions) -> Plan:
+    """Ask both agents and make the plan; changes nothing."""
+    known = await coordinator.get_pair(pair)
+    since_s = failover_since(await coordinator.history(pair))
+    since = (
+        datetime.datetime.fromtimestamp(since_s, tz=datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if since_s else None
+    )
+    return make_plan(known, await survey(coordinator.agents, known, failover_since=since), options)
+
+
+def refused(plan: Plan) -> Refused:
+    """The error a plan with refusals ends in."""
+    count = len(plan.refusals)
+    return Refused(
+        f"the plan for {plan.pair} has {count} reason{'s' if count != 1 else ''} against starting, nothing was "
+        "touched: "
+        "see to them and plan again",
+        pair=plan.pair,
+        refusals=count,
+    )

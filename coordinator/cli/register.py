@@ -1,0 +1,61 @@
+"""``failback register``: take a pair into the registry."""
+
+from __future__ import annotations
+
+import click
+
+from coordinator.cli.parameters import DISK_MAPPING, PAIR, VM_PLACE
+from coordinator.cli.report_view import show_pair
+from coordinator.cli.session import Session
+from coordinator.cli.verb import verb
+from coordinator.model import DiskPair, PairRequest
+
+
+@verb("register", "Take a VM and its replica into the registry.")
+@click.argument("pair", type=PAIR)
+@click.option("--original", required=True, type=VM_PLACE, help="The VM on its production host, by name or UUID.")
+@click.option("--replica", required=True, type=VM_PLACE, help="Its replica on the DR host.")
+@click.option("--disk", "disks", multiple=True, type=DISK_MAPPING, help="A disk by its target name at each side.")
+@click.option(
+    "--exclude-disk",
+    "excluded",
+    multiple=True,
+    metavar="TARGET",
+    help="Leave this disk (or host device) out; what it holds stays behind.",
+)
+@click.option(
+    "--in-failover", is_flag=True, help="The replica has taken over already (proven: original off, replica on)."
+)
+@click.pass_obj
+def command(
+    session: Session,
+    pair: str,
+    original: tuple[str, str],
+    replica: tuple[str, str],
+    disks: tuple[DiskPair, ...],
+    excluded: tuple[str, ...],
+    in_failover: bool,
+) -> None:
+    """Take a VM and its replica into the registry as PAIR.
+
+    Both agents are asked for their VM; its UUID is remembered, so that another VM of the same name is never taken for
+    it. Disks are matched by equal target names unless --disk says otherwise.
+
+    \b
+    Example:
+      failback register web1 --original prod1/web1 --replica dr1/web1-replica \\
+          --disk vda=sda --disk vdb=sdb --exclude-disk vdc
+    """
+    request = PairRequest(
+        name=pair,
+        original_host=original[0],
+        original_vm=original[1],
+        replica_host=replica[0],
+        replica_vm=replica[1],
+        disks=disks,
+        excluded=excluded,
+        in_failover=in_failover,
+    )
+    made = session.run(lambda coordinator: coordinator.register_pair(request))
+    show_pair(session.output, made)
+    session.output.finish({"verb": "register", "pair": made})

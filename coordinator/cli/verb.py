@@ -1,0 +1,38 @@
+"""What every verb has in common: ``--json`` may also stand behind it, and its help shows an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from coordinator.cli.session import Session
+
+
+def _set_json(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    session = ctx.find_root().obj
+    if value and isinstance(session, Session):
+        session.as_json = True
+
+
+class Verb(click.Command):
+    """A command with ``--json`` of its own."""
+
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self.params.append(
+            click.Option(
+                ["--json"],
+                is_flag=True,
+                expose_value=False,
+                is_eager=True,
+                callback=_set_json,
+                help="End with exactly one JSON object on standard output.",
+            )
+        )
+
+
+def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function the verb of that name. It returns the exit code (None: done)."""
+    return click.command(name, cls=Verb, short_help=short_help)

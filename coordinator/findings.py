@@ -1,0 +1,156 @@
+"""What was found out about a pair before a plan: plain values, so that planning stays pure.
+
+Whoever talks to the agents (`coordinator.runs`) fills these; `coordinator.refusals` and `coordinator.plan` read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from coordinator.model import DiskPair, Pair, RunOptions, VmRef
+from protocol.messages import DiskDescription, HostDescription, Power, PowerAnswer, Side, VmDescription
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A question that got no answer: the stable code and the sentence of the error that came instead."""
+
+    code: str
+    sentence: str
+
+
+NO_VM = "no-such-domain"
+"""Code of the problem of an agent that knows no VM of that UUID."""
+
+VERSION = "version"
+"""Code of the problem of an agent that speaks no protocol version of ours."""
+
+
+SIDES = (Side.ORIGINAL, Side.REPLICA)
+
+
+def clause(sentence: str) -> str:
+    """A sentence fit to stand inside another one."""
+    return sentence.strip().rstrip(".")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFindings:
+    """One side. `vm` is None where the host could not be asked; `power` is None where it was not asked."""
+
+    host: HostDescription | Problem
+    vm: VmDescription | Problem | None
+    power: PowerAnswer | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Both sides. `failover_since`: when the pair entered its present *Failover* (ISO 8601), where that is known."""
+
+    original: SideFindings
+    replica: SideFindings
+    failover_since: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmCase:
+    """One side's VM as a rule sees it: its place in the pair and what inspection found."""
+
+    side: Side
+    ref: VmRef
+    vm: VmDescription
+    power: PowerAnswer | None
+
+    @property
+    def title(self) -> str:
+        """How sentences name it, for example ``original web1 on prod1``."""
+        return f"{self.side.value} {self.ref.name} on {self.ref.host}"
+
+    def disk(self, target: str) -> DiskDescription | None:
+        """The disk of that target name, or None."""
+        return next((disk for disk in self.vm.disks if disk.target == target), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCase:
+    """One disk of the mapping at one side."""
+
+    vm: VmCase
+    disk: DiskDescription
+
+    @property
+    def title(self) -> str:
+        """How sentences name it, for example ``disk vda of original web1``."""
+        return f"disk {self.disk.target} of {self.vm.side.value} {self.vm.ref.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Everything a refusal may look at."""
+
+    pair: Pair
+    findings: Findings
+    options: RunOptions
+
+    def host(self, side: Side) -> HostDescription | Problem:
+        """What that side's agent said of its host."""
+        return self.found(side).host
+
+    def vm(self, side: Side) -> VmCase | None:
+        """That side's VM where it was found and is still the one of the registry."""
+        found = self.found(side)
+        ref = self.ref(side)
+        if not isinstance(found.vm, VmDescription) or found.vm.uuid != ref.uuid:
+            return None
+        return VmCase(side=side, ref=ref, vm=found.vm, power=found.power)
+
+    def ref(self, side: Side) -> VmRef:
+        """The registry's name for that side's VM."""
+        return self.pair.original if side is Side.ORIGINAL else self.pair.replica
+
+    def vms(self) -> Iterator[VmCase]:
+        """Both VMs, original first, as far as they were found."""
+        for side in SIDES:
+            vm = self.vm(side)
+            if vm is not None:
+                yield vm
+
+    def mapped(self, side: Side) -> Iterator[DiskCase]:
+        """The disks of that side that take part, as far as they were found."""
+        vm = self.vm(side)
+        if vm is None:
+            return
+        for disks in self.pair.disks:
+            disk = vm.disk(target_at(disks, side))
+            if disk is not None:
+                yield DiskCase(vm=vm, disk=disk)
+
+    def all_mapped(self) -> Iterator[DiskCase]:
+        """The disks of both sides that take part."""
+        yield from self.mapped(Side.ORIGINAL)
+        yield from self.mapped(Side.REPLICA)
+
+    def found_pairs(self) -> Iterator[tuple[DiskCase, DiskCase]]:
+        """(original, replica) of every mapped disk whose image could be read on both sides."""
+        original, replica = self.vm(Side.ORIGINAL), self.vm(Side.REPLICA)
+        if original is None or replica is None:
+            return
+        for disks in self.pair.disks:
+            here, there = original.disk(disks.original), replica.disk(disks.replica)
+            if here is not None and there is not None and here.chain and there.chain:
+                yield DiskCase(vm=original, disk=here), DiskCase(vm=replica, disk=there)
+
+    def found(self, side: Side) -> SideFindings:
+        """Everything that side's agent said."""
+        return self.findings.original if side is Side.ORIGINAL else self.findings.replica
+
+
+def target_at(disks: DiskPair, side: Side) -> str:
+    """The name a mapped disk has at that side."""
+    return disks.original if side is Side.ORIGINAL else disks.replica
+
+
+def is_on(vm: VmCase) -> bool:
+    """Whether the VM executes, or is about to stop executing."""
+    return vm.vm.power in (Power.RUNNING, Power.SHUTTING_DOWN)

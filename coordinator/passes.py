@@ -1,0 +1,197 @@
+"""One pass, from the grant to two reports that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
+
+from coordinator import journal
+from coordinator.agents import QUESTION_TIMEOUT_S, ask
+from coordinator.context import RunContext
+from coordinator.errors import CoordinatorError
+from coordinator.events import Progressed
+from coordinator.progress import Progress, ProgressMeter
+from coordinator.records import DiskSizes, PassRecord, SurveyRecord
+from protocol.messages import (
+    AllowPass,
+    Condition,
+    Direction,
+    Done,
+    Grant,
+    GrantedDisk,
+    PassProgress,
+    PassReport,
+    Ping,
+    Pong,
+    RunPass,
+    SetCondition,
+)
+
+GRANT_BYTES = 16
+BOTH_FAIL_WITHIN_S = 3.0
+"""When one side gives a pass up, how long the other has to say so itself before it is told to stop."""
+ECHOES = frozenset({"peer-failed", "connection-lost", "peer-ended", "cancelled"})
+"""Codes by which a side says no more than that the other one ended the pass."""
+
+
+class PassDisagrees(CoordinatorError):
+    """Both agents call the pass complete, but their books do not agree: it proves nothing."""
+
+    code = "pass-disagrees"
+
+
+async def run_pass(context: RunContext, step: str, view: str) -> PassRecord:
+    """Make the original equal `view`: torn from here on, equal to the view at the end, in registry and at the agent.
+
+    Raises:
+        AgentRefused, HostUnreachable: a side failed; the original stays torn if anything was written.
+        PassDisagrees: the reports contradict each other.
+    """
+    survey = context.survey
+    grant = context.tokens(GRANT_BYTES)
+    await context.set_flag(Condition.TORN)
+    for agent, allowed in (
+        (context.target, _grant(context, survey, grant, view, Direction.RECEIVE)),
+        (context.source, _grant(context, survey, grant, view, Direction.SEND)),
+    ):
+        await ask(agent, AllowPass(order=context.order, grant=allowed), Done, timeout_s=QUESTION_TIMEOUT_S)
+    source, target = await _both(context, step, grant, survey)
+    check_reports(survey.disks, view, source, target)
+    equal = SetCondition(
+        order=context.order, vm_uuid=context.pair.original.uuid, condition=Condition.EQUALS_VIEW, view=view
+    )
+    await ask(context.target, equal, Done)
+    await context.set_flag(Condition.EQUALS_VIEW, view)
+    return PassRecord(view=view, source=source, target=target)
+
+
+def _grant(context: RunContext, survey: SurveyRecord, grant: str, view: str, direction: Direction) -> Grant:
+    sends = direction is Direction.SEND
+    return Grant(
+        grant=grant,
+        vm_uuid=context.pair.replica.uuid if sends else context.pair.original.uuid,
+        direction=direction,
+        peer_fingerprint=survey.original_fingerprint if sends else survey.replica_fingerprint,
+        view=view,
+        disks=tuple(
+            GrantedDisk(
+                target=disk.replica if sends else disk.original,
+                peer_target=disk.original if sends else disk.replica,
+                source_size_bytes=disk.source_size_bytes,
+                target_size_bytes=disk.target_size_bytes,
+            )
+            for disk in survey.disks
+        ),
+    )
+
+
+async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord) -> tuple[PassReport, PassReport]:
+    """Let both agents carry the pass out, the receiver first. Raises the failure that tells why."""
+    reports: dict[Direction, PassReport] = {}
+    failures: list[CoordinatorError] = []
+    pictures, latest = trio.open_memory_channel[Progress](1)
+    meter = ProgressMeter(run=context.run.id, step=step, started_s=context.clock.monotonic_s())
+
+    def progressed(message: PassProgress) -> None:
+        now = context.clock.monotonic_s()
+        picture = meter.take(message.disks, monotonic_s=now, wall_s=context.clock.wall_s())
+        context.observer(Progressed(progress=picture))
+        # Where the database is behind, the next picture is as good.
+        with suppress(trio.WouldBlock):
+            pictures.send_nowait(picture)
+
+    address, port = context.directory.bulk_endpoint(context.pair.original.host)
+    receive = RunPass(order=context.order, grant=grant, peer_name="", peer_host="", peer_port=0)
+    send = RunPass(
+        order=context.order,
+        grant=grant,
+        peer_name=context.pair.original.host,
+        peer_host=address,
+        peer_port=port or survey.bulk_port,
+    )
+
+    async def side(direction: Direction) -> None:
+        receives = direction is Direction.RECEIVE
+        try:
+            reports[direction] = await ask(
+                context.target if receives else context.source,
+                receive if receives else send,
+                PassReport,
+                timeout_s=None,  # as long as it takes: the channel notices an agent that falls silent
+                on_progress=None if receives else progressed,
+            )
+        except CoordinatorError as error:
+            failures.append(error)
+            nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, trio.current_time() + BOTH_FAIL_WITHIN_S)
+        finally:
+            if len(reports) + len(failures) == len(Direction):
+                pictures.close()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_save, context, latest)
+            nursery.start_soon(side, Direction.RECEIVE)
+            # Answered after RunPass was read, on the same connection: the receiver waits before the sender calls.
+            await trio.lowlevel.checkpoint()
+            try:
+                await ask(context.target, Ping(), Pong, timeout_s=QUESTION_TIMEOUT_S)
+            except CoordinatorError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+            nursery.start_soon(side, Direction.SEND)
+    finally:
+        with trio.CancelScope(shield=True):
+            await context.store.write(lambda connection: journal.clear_progress(connection, context.pair.name))
+    if failures:
+        raise _cause(failures)
+    return reports[Direction.SEND], reports[Direction.RECEIVE]
+
+
+def _cause(failures: Sequence[CoordinatorError]) -> CoordinatorError:
+    """The failure that tells why: the first that is not merely the echo of the other side's."""
+    return next((failure for failure in failures if failure.code not in ECHOES), failures[0])
+
+
+async def _save(context: RunContext, latest: trio.MemoryReceiveChannel[Progress]) -> None:
+    async with latest:
+        async for picture in latest:
+            await context.store.write(
+                lambda connection, p=picture: journal.save_progress(connection, context.pair.name, p)  # type: ignore[misc]
+            )
+
+
+def check_reports(disks: Sequence[DiskSizes], view: str, source: PassReport, target: PassReport) -> None:
+    """Raise `PassDisagrees` unless both reports speak of the same view and disks, cover every byte and balance."""
+    if {source.view, target.view} != {view}:
+        raise _disagrees(f"view {view} was asked for, reported were {source.view} and {target.view}")
+    sent = {report.target: report for report in source.disks}
+    received = {report.target: report for report in target.disks}
+    if set(sent) != {d.replica for d in disks} or set(received) != {d.original for d in disks}:
+        raise _disagrees(f"the disks reported are {sorted(sent)} and {sorted(received)}")
+    for disk in disks:
+        here, there = sent[disk.replica], received[disk.original]
+        if (here.size_bytes, there.size_bytes) != (disk.source_size_bytes, disk.source_size_bytes):
+            raise _disagrees(
+                f"disk {disk.replica} has {disk.source_size_bytes} bytes, reported were {here.size_bytes} "
+                f"and {there.size_bytes}"
+            )
+        if here.zero_bytes + here.compared_bytes != disk.source_size_bytes:
+            raise _disagrees(
+                f"of the {disk.source_size_bytes} bytes of disk {disk.replica} only "
+                f"{here.zero_bytes + here.compared_bytes} are accounted for"
+            )
+        if here.changed_bytes != there.written_bytes:
+            raise _disagrees(
+                f"{here.changed_bytes} bytes of disk {disk.replica} were sent, {there.written_bytes} written"
+            )
+        if there.verified_bytes != there.written_bytes + there.zeroed_bytes:
+            raise _disagrees(
+                f"{there.written_bytes + there.zeroed_bytes} bytes were written to disk {disk.original}, "
+                f"{there.verified_bytes} verified"
+            )
+
+
+def _disagrees(what: str) -> PassDisagrees:
+    return PassDisagrees(f"the two agents' books of the pass do not agree ({what}): run the pass again")

@@ -1,0 +1,173 @@
+"""The closing report of a run: what was compared, changed, sent and proven, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.entries import EntryKind, Phase, RunRecord
+from coordinator.model import DiskPair, State
+from coordinator.records import PassRecord, SurveyRecord
+from coordinator.runlog import RunLog
+from protocol.messages import Power
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskLine:
+    """One disk in one pass, both sides' books together, in bytes.
+
+    Attributes:
+        original, replica: its target names.
+        pass_name: ``first_pass`` or ``last_pass``; `view`: the view the original's disk was made equal to.
+        size_bytes: the replica's size.
+        compared_bytes: read and hashed at the source.
+        zero_bytes: known to read as zero at the source, not read.
+        changed_bytes: of blocks that differed.
+        sent_bytes: payload on the wire for those.
+        written_bytes, zeroed_bytes: what the target wrote and zeroed.
+        verified_bytes: read back at the target and proven equal.
+        past_cache: whether the read-back went past the page cache.
+        rung, why_not_higher: the rung of evidence, and why no higher one.
+    """
+
+    original: str
+    replica: str
+    pass_name: str
+    view: str
+    size_bytes: int
+    compared_bytes: int
+    zero_bytes: int
+    changed_bytes: int
+    sent_bytes: int
+    written_bytes: int
+    zeroed_bytes: int
+    verified_bytes: int
+    past_cache: bool
+    rung: str
+    why_not_higher: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLine:
+    """One step with the seconds it took. `undone`: this line is its taking back. `outcome`: done or failed."""
+
+    step: str
+    sentence: str
+    undone: bool
+    outcome: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosingReport:
+    """What the journal says of one run.
+
+    Attributes:
+        outcome: None while unfinished, else ``committed``, ``undone``, ``cancelled`` or ``rolled-back``.
+        started_s, ended_s: wall time, seconds since 1970.
+        downtime_s: from the order to power the replica off until the original ran (or the replica ran again, or the
+            state Failback was reached without power-on); None when the replica was not touched or is still off.
+        evidence: one sentence on what the blocks that were not written rest on.
+    """
+
+    pair: str
+    run: str
+    outcome: str | None
+    reason: str
+    started_s: float
+    ended_s: float | None
+    downtime_s: float | None
+    disks: tuple[DiskLine, ...]
+    steps: tuple[StepLine, ...]
+    evidence: str
+
+
+def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> ClosingReport:
+    """The report of a run, from its journal."""
+    lines = tuple(
+        _disk_line(name, passed, pair)
+        for name in ("first_pass", "last_pass")
+        for passed in log.results(name, PassRecord)
+        for pair in disks
+    )
+    return ClosingReport(
+        pair=run.pair,
+        run=run.id,
+        outcome=run.outcome,
+        reason=run.reason,
+        started_s=run.started_s,
+        ended_s=run.ended_s,
+        downtime_s=downtime_s(log),
+        disks=lines,
+        steps=_step_lines(log),
+        evidence=_evidence(lines),
+    )
+
+
+def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
+    """Seconds nobody was served, by the journal's wall clock; with `now_s` also while it lasts.
+
+    None when the run did not take the replica out of service, or (without `now_s`) it still is.
+    """
+    surveys = log.results("survey", SurveyRecord)
+    begun = next((e for e in log.of_step("replica_off") if e.kind is EntryKind.INTENT), None)
+    if begun is None or not any(found.replica_power is not Power.OFF for found in surveys):
+        return None
+    served = [
+        e.at_s
+        for e in (
+            next((e for e in log.of_step("original_on") if e.kind is EntryKind.DONE), None),
+            log.moved(State.FAILBACK.value),
+            next((e for e in log.of_step("replica_off", Phase.UNDO) if e.kind is EntryKind.DONE), None),
+        )
+        if e is not None
+    ]
+    end_s = min(served) if served else now_s
+    # A wall clock that was set back would make it negative.
+    return None if end_s is None else max(0.0, end_s - begun.at_s)
+
+
+def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
+    here = next(report for report in passed.source.disks if report.target == pair.replica)
+    there = next(report for report in passed.target.disks if report.target == pair.original)
+    return DiskLine(
+        original=pair.original,
+        replica=pair.replica,
+        pass_name=name,
+        view=passed.view,
+        size_bytes=here.size_bytes,
+        compared_bytes=here.compared_bytes,
+        zero_bytes=here.zero_bytes,
+        changed_bytes=here.changed_bytes,
+        sent_bytes=here.wire_bytes,
+        written_bytes=there.written_bytes,
+        zeroed_bytes=there.zeroed_bytes,
+        verified_bytes=there.verified_bytes,
+        past_cache=there.past_cache,
+        rung=here.rung,
+        why_not_higher=here.why_not_higher,
+    )
+
+
+def _step_lines(log: RunLog) -> tuple[StepLine, ...]:
+    sentences = {(e.step, e.phase): e.sentence for e in log.entries if e.kind is EntryKind.INTENT}
+    return tuple(
+        StepLine(
+            step=e.step,
+            sentence=sentences.get((e.step, e.phase), ""),
+            undone=e.phase is Phase.UNDO,
+            outcome=e.kind.value,
+            elapsed_s=e.elapsed_s or 0.0,
+        )
+        for e in log.entries
+        if e.kind in (EntryKind.DONE, EntryKind.FAILED)
+    )
+
+
+def _evidence(lines: tuple[DiskLine, ...]) -> str:
+    if not lines:
+        return "no pass was completed: nothing is claimed of the original's disks"
+    cache = "past the page cache" if all(line.past_cache for line in lines) else "in part through the page cache only"
+    return (
+        f"every block written was read back {cache} and equals what the source sent (BLAKE3); every other block "
+        "matched by digest on both sides (xxh3-128) or is known to read as zero on both"
+    )

@@ -1,0 +1,332 @@
+"""The operations of the coordinator: what the command line calls, typed, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
+
+import trio
+from sqlalchemy import Connection
+
+from coordinator import journal, registry, takeover
+from coordinator.agents import AgentDirectory, open_agents
+from coordinator.clock import Clock, SystemClock, Tokens, system_tokens
+from coordinator.config import Config
+from coordinator.context import RunContext
+from coordinator.database import Database
+from coordinator.engine import Engine
+from coordinator.entries import EntryKind, JournalEntry, RunRecord
+from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
+from coordinator.events import Observer, Outcome, unobserved
+from coordinator.findings import Findings
+from coordinator.hooks import Hooks
+from coordinator.lookup import gather_findings, look_up_pair, prove_failover
+from coordinator.model import Pair, PairRequest, RestorePoint, RunOptions, State
+from coordinator.pairlock import is_locked, pair_lock
+from coordinator.reports import ClosingReport, closing_report
+from coordinator.runlog import RunLog
+from coordinator.states import TABLE, Verb, check_verb
+from coordinator.status import PairStatus, UndoForecast, forecast, read_status
+from coordinator.store import Store
+from coordinator.takeover import Author
+
+RUN_ID_BYTES = 5
+REQUEST_POLL_S = 0.3
+
+
+class Coordinator:
+    """One process's way into the registry, the journal and the agents.
+
+    Use as ``async with Coordinator(config, actor="root@host") as coordinator``. Every method raises a subclass of
+    `coordinator.errors.CoordinatorError` and nothing else on purpose: `UsageError` (no such pair, bad name),
+    `WrongState` (with what the state allows), `HostUnreachable`, `AgentRefused`, `DatabaseError`, `PairBusy`.
+    Work on a run ends in an `Outcome`, also when it rolled back or stopped; see its ``exit_code`` and ``sentence``.
+
+    Args:
+        config: where the database, the certificates, the hooks and the hosts are.
+        actor: who asks, for the journal.
+        agents: how agents are reached; None: over TLS, as `config` says.
+        clock, tokens: time and randomness.
+        make_store: how the database is called from trio.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        actor: str,
+        agents: AgentDirectory | None = None,
+        clock: Clock | None = None,
+        tokens: Tokens = system_tokens,
+        make_store: Callable[[Database], Store] = Store,
+    ) -> None:
+        self.config = config
+        self.actor = actor
+        self.clock: Clock = clock or SystemClock()
+        self.tokens = tokens
+        self._make_store = make_store
+        self._given_agents = agents
+        self._agents: AgentDirectory | None = agents
+        self._stack = AsyncExitStack()
+        self._store: Store | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open the database (made if missing)."""
+        database = await trio.to_thread.run_sync(Database.open, self.config.database)
+        self._stack.callback(database.close)
+        self._store = self._make_store(database)
+        if self._given_agents is None:
+            self._agents = await self._stack.enter_async_context(open_agents(self.config))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close agents' connections and the database."""
+        # Closed as if nothing had happened, so that an error of the body stays itself and is not wrapped in a group.
+        await self._stack.aclose()
+
+    # --- the registry -------------------------------------------------------------------------------------------
+
+    async def register_pair(self, request: PairRequest) -> Pair:
+        """Inspect both VMs, map their disks and take the pair into the registry, in *Ready* (or *Failover*).
+
+        Raises:
+            UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so.
+        """
+        pair = await look_up_pair(self.agents, request)
+        author = self._author()
+
+        def work(connection: Connection) -> Pair:
+            registry.add_pair(connection, pair)
+            takeover.note(connection, pair, author, EntryKind.STATE, pair.state.value, run="", sentence="registered")
+            return takeover.record_failover(connection, pair.name, author) if request.in_failover else pair
+
+        return await self._db.write(work)
+
+    async def record_failover(self, pair: str) -> Pair:
+        """Ready → Failover, after proving the original off and the replica on. Harmless when repeated.
+
+        Raises:
+            Refused: an agent says otherwise.
+        """
+        with pair_lock(self.config.state_dir, (await self.get_pair(pair)).name):
+            found = await self.get_pair(pair)
+            if found.state is State.FAILOVER:
+                return found
+            check_verb(found, Verb.FAILOVER)
+            await prove_failover(self.agents, found)
+            author = self._author()
+            return await self._db.write(lambda connection: takeover.record_failover(connection, pair, author))
+
+    async def list_pairs(self) -> tuple[Pair, ...]:
+        """Every pair, by name."""
+        return await self._db.read(registry.list_pairs)
+
+    async def get_pair(self, pair: str) -> Pair:
+        """The pair of that name; `UsageError` when there is none."""
+        return await self._db.read(lambda connection: registry.get_pair(connection, pair))
+
+    async def findings(self, pair: str) -> Findings:
+        """What `coordinator.plan.make_plan` needs, asked of both agents now."""
+        found = await self.get_pair(pair)
+        moves = [
+            entry.at_s
+            for entry in await self.history(pair)
+            if entry.kind is EntryKind.STATE and entry.step == State.FAILOVER.value
+        ]
+        since = datetime.fromtimestamp(moves[-1], UTC).isoformat(timespec="seconds") if moves else None
+        return await gather_findings(self.agents, found, since if found.state is State.FAILOVER else None)
+
+    # --- a run --------------------------------------------------------------------------------------------------
+
+    async def check_start(self, pair: str) -> Pair:
+        """Raise `WrongState` unless `start` is allowed now; changes nothing."""
+        found = await self.get_pair(pair)
+        check_verb(found, Verb.START)
+        return found
+
+    async def start_run(self, pair: str, options: RunOptions) -> str:
+        """Failover → Syncing: make a run (its id is returned), journal its options. Nothing is executed yet.
+
+        The caller has computed the plan and met no refusal.
+        """
+        await self.check_start(pair)
+        run, author = f"r{self.tokens(RUN_ID_BYTES)}", self._author()
+        with pair_lock(self.config.state_dir, pair):
+            await self._db.write(lambda connection: takeover.start(connection, pair, run, options, author))
+        return run
+
+    async def execute_run(
+        self, pair: str, *, observer: Observer = unobserved, stop: trio.Event | None = None
+    ) -> Outcome:
+        """Work on the pair's unfinished run until it rests: Failback, Failover, Ready, Needs operator, or stopped.
+
+        `stop`, once set, stops at the next safe boundary while Syncing; inside the switchover it is answered with a
+        `Notice` and not obeyed. A pair in *Needs operator* is left alone: only `resume` is a person's word.
+        """
+        found = await self.get_pair(pair)
+        if found.state is State.NEEDS_OPERATOR and found.operator is not None:
+            return await self._rests(found, ExitCode.NEEDS_OPERATOR, found.operator.sentence)
+        return await self._work(pair, Verb.RESUME, observer, stop)
+
+    async def resume(self, pair: str, *, observer: Observer = unobserved, stop: trio.Event | None = None) -> Outcome:
+        """Continue the unfinished run of the pair, whatever state it is in, under a new epoch."""
+        return await self._work(pair, Verb.RESUME, observer, stop)
+
+    async def cancel(self, pair: str, *, observer: Observer = unobserved, wait_s: float = 600.0) -> Outcome:
+        """End the run before the switchover. A process that works on it is asked to; otherwise it is done here.
+
+        Raises:
+            WrongState: the switchover has begun, or there is nothing to cancel.
+            PairBusy: the process that works on the run did not end it within `wait_s`; it has been asked to.
+        """
+        asked: int | None = None
+        with trio.move_on_after(wait_s):
+            while True:
+                found = await self.get_pair(pair)
+                done = await self._already(found, State.FAILOVER, "cancelled")
+                if done is not None:
+                    return done
+                # A live process that we asked is on its way; one that died on its way has left us the rest.
+                verb = Verb.RESUME if found.state is State.CANCELLING else Verb.CANCEL
+                if asked is None or verb is Verb.CANCEL:
+                    check_verb(found, Verb.CANCEL)
+                try:
+                    return await self._work(pair, verb, observer, None)
+                except PairBusy:
+                    asked = await self._ask_cancel(found, asked)
+                except WrongState:
+                    if asked is None:
+                        raise  # else the live process went on since we looked: look again
+                await trio.sleep(REQUEST_POLL_S)
+        raise PairBusy(
+            f"the process that works on {pair} was asked to cancel and has not ended after {wait_s:.0f} s: "
+            f"`failback status {pair}` shows what it waits for",
+            pair=pair,
+        )
+
+    async def _ask_cancel(self, pair: Pair, asked: int | None) -> int:
+        run, at_s = pair.run or "", self.clock.wall_s()
+        if asked is None:
+            return await self._db.write(
+                lambda connection: journal.ask(
+                    connection, pair=pair.name, run=run, verb="cancel", actor=self.actor, at_s=at_s
+                )
+            )
+        answer = (await self._db.read(lambda connection: journal.get_request(connection, asked))).answer
+        now = await self.get_pair(pair.name)
+        if answer is not None and TABLE[now.state].unfinished and now.state is not State.CANCELLING:
+            raise WrongState(f"`cancel` is not possible: {answer}", pair=pair.name, state=now.state.value)
+        return asked
+
+    async def commit(self, pair: str, restore_point: RestorePoint, *, observer: Observer = unobserved) -> Outcome:
+        """Failback → Ready: final. Harmless when repeated."""
+        done = await self._already(await self.get_pair(pair), State.READY, "committed")
+        return done or await self._work(pair, Verb.COMMIT, observer, None, restore_point)
+
+    async def undo(self, pair: str, *, observer: Observer = unobserved) -> Outcome:
+        """Failback (or after the point of no return, Needs operator) → Failover: the replica serves again.
+
+        Harmless when repeated.
+        """
+        done = await self._already(await self.get_pair(pair), State.FAILOVER, "undone")
+        return done or await self._work(pair, Verb.UNDO, observer, None)
+
+    async def forecast_undo(self, pair: str) -> UndoForecast:
+        """How long the original has run since the switchover: what undo would leave behind."""
+        found = await self.get_pair(pair)
+        check_verb(found, Verb.UNDO)
+        return forecast(found, RunLog(await self.history(pair, found.run)), self.clock.wall_s())
+
+    # --- looking ------------------------------------------------------------------------------------------------
+
+    async def pair_status(self, pair: str) -> PairStatus:
+        """What the registry knows now; asks no agent."""
+        now_s = self.clock.wall_s()
+        active = is_locked(self.config.state_dir, (await self.get_pair(pair)).name)
+        return await self._db.read(lambda connection: read_status(connection, pair, active=active, now_s=now_s))
+
+    async def runs(self, pair: str) -> tuple[RunRecord, ...]:
+        """Every run of the pair, oldest first."""
+        await self.get_pair(pair)
+        return await self._db.read(lambda connection: journal.list_runs(connection, pair))
+
+    async def history(self, pair: str, run: str | None = None) -> tuple[JournalEntry, ...]:
+        """The journal of the pair (or of one of its runs), oldest first."""
+        await self.get_pair(pair)
+        return await self._db.read(lambda connection: journal.entries(connection, pair, run))
+
+    async def report(self, pair: str, run: str | None = None) -> ClosingReport:
+        """The closing report of a run, the latest by default; `UsageError` when the pair had none."""
+        found = await self.get_pair(pair)
+        wanted = run or found.run
+        if wanted is None:
+            raise UsageError(f"{pair} has had no run yet: `failback start {pair}` begins one", code="no-such-run")
+        record = await self._db.read(lambda connection: journal.get_run(connection, wanted))
+        return closing_report(record, found.disks, RunLog(await self.history(pair, wanted)))
+
+    @property
+    def agents(self) -> AgentDirectory:
+        """How agents are reached; what `plan` asks through."""
+        assert self._agents is not None, "use the coordinator as an async context manager"
+        return self._agents
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _db(self) -> Store:
+        assert self._store is not None, "use the coordinator as an async context manager"
+        return self._store
+
+    def _author(self) -> Author:
+        return Author(actor=self.actor, at_s=self.clock.wall_s())
+
+    async def _work(
+        self,
+        pair: str,
+        verb: Verb,
+        observer: Observer,
+        stop: trio.Event | None,
+        restore_point: RestorePoint | None = None,
+    ) -> Outcome:
+        check_verb(await self.get_pair(pair), verb)
+        author = self._author()
+        with pair_lock(self.config.state_dir, pair):
+            taken = await self._db.write(
+                lambda connection: takeover.take_over(connection, pair, verb, author, restore_point)
+            )
+            context = RunContext(
+                pair=taken.pair,
+                run=taken.run,
+                epoch=taken.pair.epoch,
+                log=taken.log,
+                store=self._db,
+                directory=self.agents,
+                hooks=Hooks(folder=self.config.hooks_dir, timeout_s=self.config.hook_timeout_s),
+                clock=self.clock,
+                tokens=self.tokens,
+                observer=observer,
+                actor=self.actor,
+            )
+            return await Engine(context, stop).work()
+
+    async def _already(self, pair: Pair, state: State, outcome: str) -> Outcome | None:
+        """The outcome of a verb that was carried out before, or None."""
+        runs = await self.runs(pair.name)
+        if pair.state is not state or not runs or runs[-1].outcome != outcome:
+            return None
+        return await self._rests(pair, ExitCode.DONE, f"{pair.name} is {outcome} already: nothing to do")
+
+    async def _rests(self, pair: Pair, code: ExitCode, sentence: str) -> Outcome:
+        return Outcome(
+            pair=pair.name,
+            run=pair.run,
+            state=pair.state,
+            exit_code=code,
+            sentence=sentence,
+            report=None if pair.run is None else await self.report(pair.name),
+        )

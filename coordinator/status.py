@@ -1,0 +1,118 @@
+"""What `status` shows of one pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from coordinator import journal, registry
+from coordinator.entries import EntryKind, Phase
+from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, State
+from coordinator.progress import Progress
+from coordinator.records import ViewRecord
+from coordinator.reports import downtime_s
+from coordinator.runlog import RunLog
+from coordinator.states import TABLE, describe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairStatus:
+    """One pair at this moment, from the database alone (no agent is asked).
+
+    Attributes:
+        means: one sentence on what the state means and allows.
+        active: a process is working on the run now.
+        step, step_sentence, step_since_s: the step under way (or the one that stopped the run), wall time of its start.
+        undoing: that step is being taken back.
+        last_failure: sentence of the last failed step of this run, if the run has not gone on since.
+        progress: latest picture of the pass under way; None outside a pass.
+        downtime_s: so far, while the replica is down for the switchover; the final one afterwards; None without.
+        view: the last view opened in the run.
+    """
+
+    pair: Pair
+    state: State
+    means: str
+    newest: Newest
+    flag: OriginalFlag
+    run: str | None
+    active: bool
+    step: str | None
+    step_sentence: str | None
+    step_since_s: float | None
+    undoing: bool
+    last_failure: str | None
+    progress: Progress | None
+    downtime_s: float | None
+    view: str | None
+    operator: OperatorCall | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndoForecast:
+    """What `undo` would leave behind: how long the original has been in use since the switchover.
+
+    `original_ran_s` is None when this run never powered it on. `sentence` says it for people.
+    """
+
+    original_ran_s: float | None
+    sentence: str
+
+
+def read_status(connection: Connection, name: str, *, active: bool, now_s: float) -> PairStatus:
+    """The status of that pair; `active`: some process holds its lock."""
+    pair = registry.get_pair(connection, name)
+    log = RunLog(journal.entries(connection, name, pair.run) if pair.run is not None else ())
+    unfinished = TABLE[pair.state].unfinished
+    under_way = log.open_step() if unfinished else None
+    begun = None
+    if under_way is not None:
+        entries = log.of_step(under_way.step, under_way.phase)
+        begun = next((e for e in reversed(entries) if e.kind is EntryKind.INTENT), under_way)
+    failed = under_way is not None and under_way.kind is EntryKind.FAILED
+    picture = journal.load_progress(connection, name) if unfinished and active else None
+    return PairStatus(
+        pair=pair,
+        state=pair.state,
+        means=describe(pair),
+        newest=pair.newest,
+        flag=pair.flag,
+        run=pair.run,
+        active=active,
+        step=under_way.step if under_way is not None else None,
+        step_sentence=begun.sentence if begun is not None else None,
+        step_since_s=begun.at_s if begun is not None else None,
+        undoing=under_way is not None and under_way.phase is Phase.UNDO,
+        last_failure=under_way.sentence if under_way is not None and failed else None,
+        progress=picture if picture is not None and picture.run == pair.run else None,
+        downtime_s=downtime_s(log, now_s if unfinished else None),
+        view=_last_view(log),
+        operator=pair.operator,
+    )
+
+
+def _last_view(log: RunLog) -> str | None:
+    for step in ("open_last_view", "open_first_view"):
+        record = log.result(step, ViewRecord)
+        if record is not None:
+            return record.view
+    return None
+
+
+def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:
+    """What undoing this run would leave behind."""
+    begun = next((e for e in log.of_step("original_on") if e.kind is EntryKind.INTENT), None)
+    name = pair.original.name
+    if begun is None:
+        return UndoForecast(
+            original_ran_s=None,
+            sentence=f"this run has not powered the original {name} on; what was done to it by "
+            "hand since the switchover stays behind on its disks",
+        )
+    ran_s = max(0.0, now_s - begun.at_s)
+    return UndoForecast(
+        original_ran_s=ran_s,
+        sentence=f"the original {name} has been in use for {ran_s:.0f} s since the switchover: everything written on "
+        "it since then stays behind on its disks, and the replica serves again what it held when it went off",
+    )

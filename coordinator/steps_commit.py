@@ -1,0 +1,60 @@
+"""The steps that make a failback final."""
+
+from __future__ import annotations
+
+from coordinator.agents import ask
+from coordinator.context import RunContext
+from coordinator.hooks import Hook
+from coordinator.model import RestorePoint
+from coordinator.records import HooksRecord, Nothing, RestorePointRecord
+from coordinator.steps import Step, prove_off
+from protocol.messages import Done, LiftFence, Side, Unprotect
+
+RESTORE_POINT = "restore_point"
+"""Name of the note that says what commit was told to do."""
+
+
+class DropRestorePoint(Step):
+    """The protective snapshot goes, unless it stays as a restore point."""
+
+    name = "drop_restore_point"
+    sentence = "drop the protective snapshot of the replica"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only if that was chosen."""
+        chosen = context.log.note(RESTORE_POINT, RestorePointRecord)
+        return chosen is not None and chosen.restore_point is RestorePoint.DROP
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Drop it; the replica is still off and fenced."""
+        await prove_off(context, Side.REPLICA)
+        drop = Unprotect(order=context.order, vm_uuid=context.pair.replica.uuid, snapshot=context.snapshot)
+        await ask(context.source, drop, Done)
+        return Nothing()
+
+
+class ReleaseReplica(Step):
+    """The replica is a replica again."""
+
+    name = "release_replica"
+    sentence = "lift the fence of the replica, restore its autostart"
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Release it."""
+        lift = LiftFence(order=context.order, vm_uuid=context.pair.replica.uuid, restore_autostart=True)
+        await ask(context.source, lift, Done)
+        return Nothing()
+
+
+class ResumeReplication(Step):
+    """The administrator's executables that start replication again."""
+
+    name = "resume_replication"
+    sentence = "resume replication of the pair"
+
+    async def do(self, context: RunContext) -> HooksRecord:
+        """Run ``hooks.d/resume``."""
+        return HooksRecord(names=await context.hooks.run(Hook.RESUME, context.pair, context.run.id))
+
+
+COMMIT_STEPS: tuple[Step, ...] = (DropRestorePoint(), ReleaseReplica(), ResumeReplication())

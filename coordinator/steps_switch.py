@@ -1,0 +1,304 @@
+"""The steps of the switchover, from the replica's power-off to the original's power-on, and how each is taken back."""
+
+from __future__ import annotations
+
+from coordinator.agents import ask
+from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
+from coordinator.errors import HostUnreachable
+from coordinator.model import ShutdownPolicy
+from coordinator.records import (
+    FenceRecord,
+    Nothing,
+    PassRecord,
+    PowerOffRecord,
+    ProtectRecord,
+    Record,
+    VerifyRecord,
+    ViewRecord,
+)
+from coordinator.steps import (
+    NOT_DONE,
+    Finding,
+    Step,
+    StepFailed,
+    Verdict,
+    ask_power,
+    fence_record,
+    inspect,
+    operator_needed,
+    prove_off,
+    settle_flag,
+    take_fence,
+    unclear,
+)
+from coordinator.steps_sync import FirstPass, OpenFirstView, found_off, power_off
+from protocol.messages import (
+    Condition,
+    Done,
+    LiftFence,
+    OnTimeout,
+    Power,
+    PowerOn,
+    Protect,
+    Protected,
+    Side,
+    Unprotect,
+)
+
+UNCLEAR = frozenset({Power.PAUSED, Power.SUSPENDED})
+
+
+class ReplicaOff(Step):
+    """Downtime begins."""
+
+    name = "replica_off"
+    sentence = "power the replica off"
+    undo_sentence = "put the replica back into service"
+
+    async def do(self, context: RunContext) -> PowerOffRecord:
+        """Shut it down, within the administrator's deadline."""
+        force = context.options.shutdown_policy is ShutdownPolicy.FORCE
+        return await power_off(context, Side.REPLICA, OnTimeout.FORCE if force else OnTimeout.ABORT)
+
+    async def probe(self, context: RunContext) -> Finding:
+        """Done when it is off."""
+        return await found_off(context, Side.REPLICA)
+
+    async def undo(self, context: RunContext) -> Record:
+        """Power the replica on if the run found it in use, after proving that the original cannot run beside it."""
+        if not context.replica_was_running:
+            return Nothing()
+        await self._prove_original_held(context)
+        await ask(context.source, PowerOn(order=context.order, vm_uuid=context.pair.replica.uuid), Done)
+        return Nothing()
+
+    async def _prove_original_held(self, context: RunContext) -> None:
+        host, name = context.target.host, context.pair.name
+        try:
+            await prove_off(context, Side.ORIGINAL)
+            await take_fence(context, Side.ORIGINAL)
+        except HostUnreachable as error:
+            if context.past_no_return:
+                raise operator_needed(
+                    f"the replica stays off: {host} cannot prove that the original is off and fenced "
+                    f"({error.sentence}); bring {host} back, then `failback resume {name}`",
+                    "resume",
+                ) from error
+            # Its fence was never lifted in this run: autostart is off, and its agent takes the locks again when it
+            # starts. Nothing of ours can start it, and people are waiting for the replica.
+            await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
+        except StepFailed as error:
+            raise operator_needed(
+                f"the replica stays off, for the original may run beside it: {error.sentence} "
+                f"with `failback resume {name}`",
+                "resume",
+            ) from error
+
+
+class ProveReplicaOff(Step):
+    """Off, and nobody else holds its images."""
+
+    name = "prove_replica_off"
+    sentence = "prove that the replica is off"
+    lasts_until = LIFT_ORIGINAL_FENCE
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Ask its agent."""
+        await prove_off(context, Side.REPLICA)
+        return Nothing()
+
+
+class FenceReplica(Step):
+    """From here to commit or undo the replica cannot start, and nobody writes to its disks."""
+
+    name = "fence_replica"
+    sentence = "fence the replica: autostart off, images locked"
+    undo_sentence = "lift the fence of the replica"
+    lasts_until = LIFT_ORIGINAL_FENCE
+
+    async def do(self, context: RunContext) -> FenceRecord:
+        """Take the fence."""
+        return fence_record(await take_fence(context, Side.REPLICA))
+
+    async def undo(self, context: RunContext) -> Record:
+        """Release it, with its autostart as before."""
+        lift = LiftFence(order=context.order, vm_uuid=context.pair.replica.uuid, restore_autostart=True)
+        await ask(context.source, lift, Done)
+        return Nothing()
+
+
+class ProtectReplica(Step):
+    """The protective snapshot."""
+
+    name = "protect_replica"
+    sentence = "take the protective snapshot of the replica"
+    undo_sentence = "drop the protective snapshot of the replica"
+
+    async def do(self, context: RunContext) -> ProtectRecord:
+        """Take it; one that stands already under this run's name is the same."""
+        order = Protect(
+            order=context.order,
+            vm_uuid=context.pair.replica.uuid,
+            targets=context.replica_targets,
+            snapshot=context.snapshot,
+        )
+        protected = await ask(context.source, order, Protected)
+        return ProtectRecord(snapshot=protected.snapshot, overlays=tuple(disk.overlay for disk in protected.disks))
+
+    async def undo(self, context: RunContext) -> Record:
+        """The replica's disks are what they were when it went off."""
+        drop = Unprotect(order=context.order, vm_uuid=context.pair.replica.uuid, snapshot=context.snapshot)
+        await ask(context.source, drop, Done)
+        return Nothing()
+
+
+class OpenLastView(OpenFirstView):
+    """The images of the replica that is off."""
+
+    name = "open_last_view"
+    sentence = "open the final view of the replica"
+    undo_sentence = "close the final view of the replica"
+    lasts_until = "last_pass"
+    number = 2
+
+    def applies(self, context: RunContext) -> bool:
+        """Always."""
+        return True
+
+    async def do(self, context: RunContext) -> ViewRecord:
+        """Open it, and insist that the replica is off."""
+        opened = await super().do(context)
+        if opened.live:
+            raise StepFailed(
+                f"the replica on {context.source.host} runs again in the middle of the switchover: power it off",
+                code="not-off",
+            )
+        return opened
+
+
+class LastPass(FirstPass):
+    """The last-minute changes."""
+
+    name = "last_pass"
+    sentence = "last pass: copy the last-minute changes"
+    interruptible = False
+    opened_by = OpenLastView()
+
+
+class CloseLastView(Step):
+    """Nothing reads the replica any more."""
+
+    name = "close_last_view"
+    sentence = "close the final view"
+
+    async def do(self, context: RunContext) -> ViewRecord:
+        """Close it."""
+        return await OpenLastView().close_last(context)
+
+
+class Verify(Step):
+    """The last moment before the point of no return: is everything proven?"""
+
+    name = "verify"
+    sentence = "verify that the original equals the replica's final view"
+
+    async def do(self, context: RunContext) -> VerifyRecord:
+        """Both flags must name the final view, the fence must stand, the replica must still be off."""
+        final = context.log.result(LastPass.name, PassRecord)
+        if final is None:
+            raise StepFailed("the journal has no complete last pass: the switchover cannot go on", code="not-verified")
+        fence = await take_fence(context, Side.ORIGINAL)
+        flag = context.pair.flag
+        said = (fence.condition, fence.view)
+        if said != (Condition.EQUALS_VIEW, final.view) or (flag.condition, flag.view) != (
+            Condition.EQUALS_VIEW.value,
+            final.view,
+        ):
+            raise StepFailed(
+                f"the original on {context.target.host} is not proven equal to view {final.view} (its agent says "
+                f"{'nothing' if fence.condition is None else fence.condition.value}): it must not start",
+                code="not-verified",
+            )
+        await prove_off(context, Side.REPLICA)
+        await take_fence(context, Side.REPLICA)
+        return VerifyRecord(view=final.view)
+
+
+class LiftOriginalFence(Step):
+    """The point of no return is the journalled intent of this step."""
+
+    name = LIFT_ORIGINAL_FENCE
+    sentence = "lift the fence of the original"
+    undo_sentence = "power the original off and fence it"
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Release the images; give autostart back as it was before the first run that took it."""
+        lift = LiftFence(
+            order=context.order,
+            vm_uuid=context.pair.original.uuid,
+            restore_autostart=True,
+            autostart=context.pair.original_autostart,
+        )
+        await ask(context.target, lift, Done)
+        return Nothing()
+
+    async def probe(self, context: RunContext) -> Finding:
+        """Done when the agent fences it no more."""
+        if (await inspect(context, Side.ORIGINAL)).fence is not None:
+            return NOT_DONE
+        return Finding(verdict=Verdict.DONE, record=Nothing())
+
+    async def undo(self, context: RunContext) -> Record:
+        """Off, fenced; whole as its own guest left it, if it was ever out of our hands."""
+        host, name = context.target.host, context.pair.name
+        try:
+            await power_off(context, Side.ORIGINAL, OnTimeout.FORCE)
+            before = (await inspect(context, Side.ORIGINAL)).fence
+            fence = await take_fence(context, Side.ORIGINAL)
+            condition, _ = await settle_flag(context, before, fence)
+        except HostUnreachable as error:
+            raise operator_needed(
+                f"the replica stays off: {host} cannot prove that the original is off and fenced ({error.sentence}); "
+                f"bring {host} back, then `failback resume {name}`",
+                "resume",
+            ) from error
+        return fence_record(fence, condition)
+
+
+class OriginalOn(Step):
+    """Downtime ends."""
+
+    name = "original_on"
+    sentence = "power the original on"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only if that was chosen."""
+        return context.options.power_on
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Start it, after proving once more that the replica is off and fenced (I1)."""
+        await prove_off(context, Side.REPLICA)
+        await take_fence(context, Side.REPLICA)
+        await ask(context.target, PowerOn(order=context.order, vm_uuid=context.pair.original.uuid), Done)
+        return Nothing()
+
+    async def probe(self, context: RunContext) -> Finding:
+        """Done when it runs."""
+        power = (await ask_power(context, Side.ORIGINAL)).power
+        if power in UNCLEAR:
+            return unclear(context, Side.ORIGINAL, power)
+        return Finding(verdict=Verdict.DONE, record=Nothing()) if power is Power.RUNNING else NOT_DONE
+
+
+SWITCH_STEPS: tuple[Step, ...] = (
+    ReplicaOff(),
+    ProveReplicaOff(),
+    FenceReplica(),
+    ProtectReplica(),
+    OpenLastView(),
+    LastPass(),
+    CloseLastView(),
+    Verify(),
+    LiftOriginalFence(),
+    OriginalOn(),
+)

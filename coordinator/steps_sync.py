@@ -1,0 +1,324 @@
+"""The steps while the replica serves: survey, hold, original off and fenced, first pass."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sqlalchemy import Connection
+
+from coordinator import registry
+from coordinator.agents import QUESTION_TIMEOUT_S, ask
+from coordinator.context import SURVEY, RunContext
+from coordinator.entries import EntryKind
+from coordinator.errors import HostUnreachable
+from coordinator.hooks import Hook
+from coordinator.passes import run_pass
+from coordinator.records import (
+    DiskSizes,
+    FenceRecord,
+    HooksRecord,
+    PassRecord,
+    PowerOffRecord,
+    Record,
+    ReleaseRecord,
+    SurveyRecord,
+    ViewRecord,
+)
+from coordinator.steps import (
+    IS_OFF,
+    NOT_DONE,
+    Finding,
+    Step,
+    StepFailed,
+    Verdict,
+    ask_power,
+    fence_record,
+    inspect,
+    operator_needed,
+    prove_off,
+    settle_flag,
+    take_fence,
+)
+from protocol.messages import (
+    CloseView,
+    Condition,
+    DescribeHost,
+    Done,
+    HostDescription,
+    LiftFence,
+    OnTimeout,
+    OpenView,
+    Power,
+    PoweredOff,
+    PowerOff,
+    Side,
+    ViewOpened,
+    VmDescription,
+)
+
+POWER_OFF_GRACE_S = 120.0
+"""On top of the guest's own deadline: forcing a VM off, and the answer's way back."""
+OPERATOR_SAID_GO_ON = "operator_said_go_on"
+"""Name of the note that a person resumed the run out of *Needs operator*."""
+
+
+class Survey(Step):
+    """Who the agents are, what both VMs do, how large their disks are."""
+
+    name = SURVEY
+    sentence = "look at both VMs and their hosts"
+    lasts_until = "verify"
+
+    async def do(self, context: RunContext) -> SurveyRecord:
+        """Ask both sides; nothing is changed but the registry's memory of the hosts."""
+        hosts: list[HostDescription] = []
+        for agent in (context.target, context.source):
+            hosts.append(await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S))
+        at_s = context.clock.wall_s()
+
+        def remember(connection: Connection) -> None:
+            for host in hosts:
+                registry.see_host(connection, host, at_s)
+
+        await context.store.write(remember)
+        original, replica = await inspect(context, Side.ORIGINAL), await inspect(context, Side.REPLICA)
+        self._ask_if_it_stopped(context, replica.power)
+        return SurveyRecord(
+            original_power=original.power,
+            replica_power=replica.power,
+            original_fingerprint=hosts[0].fingerprint,
+            replica_fingerprint=hosts[1].fingerprint,
+            bulk_port=hosts[0].bulk_port,
+            disks=tuple(
+                self._sizes(context, disk.original, original, disk.replica, replica) for disk in context.pair.disks
+            ),
+        )
+
+    def _ask_if_it_stopped(self, context: RunContext, power: Power) -> None:
+        stopped = context.replica_was_running and power in IS_OFF and not context.log.intended("replica_off")
+        told = any(e.kind is EntryKind.NOTE and e.step == OPERATOR_SAID_GO_ON for e in context.log.entries)
+        if stopped and not told:
+            name = context.pair.name
+            raise operator_needed(
+                f"the replica on {context.source.host} was running and is off now, stopped by itself or by hand: start "
+                f"it and `failback resume {name}`, or resume with it off (switchover at once), or cancel",
+                "resume",
+                "cancel",
+            )
+
+    def _sizes(
+        self, context: RunContext, original: str, production: VmDescription, replica: str, dr: VmDescription
+    ) -> DiskSizes:
+        target = _size(production, original, context.target.host)
+        source = _size(dr, replica, context.source.host)
+        if target < source or (target > source and not context.options.allow_larger_target):
+            raise StepFailed(
+                f"the disk {original} of the original has {target} bytes, {replica} of the replica {source}: they were "
+                "resized since the plan; cancel, then plan again",
+                code="size-changed",
+            )
+        return DiskSizes(original=original, replica=replica, source_size_bytes=source, target_size_bytes=target)
+
+
+def _size(vm: VmDescription, target: str, host: str) -> int:
+    for disk in vm.disks:
+        if disk.target == target and disk.chain:
+            return disk.chain[0].virtual_size_bytes
+    raise StepFailed(
+        f"the VM {vm.name} on {host} has no readable disk {target} any more: put it back, or cancel and plan again",
+        code="disk-gone",
+    )
+
+
+class HoldReplication(Step):
+    """The administrator's executables that stop whatever copies the original over the replica. Not taken back by
+    anything but a commit: resumed replication would copy a torn original over the serving replica."""
+
+    name = "hold_replication"
+    sentence = "put replication of the pair on hold"
+
+    async def do(self, context: RunContext) -> HooksRecord:
+        """Run ``hooks.d/hold``."""
+        return HooksRecord(names=await context.hooks.run(Hook.HOLD, context.pair, context.run.id))
+
+
+class OriginalOff(Step):
+    """The original must be off before anything is written to it. Not taken back: it never comes up beside the
+    replica."""
+
+    name = "original_off"
+    sentence = "make sure the original is off"
+
+    async def do(self, context: RunContext) -> PowerOffRecord:
+        """Power it off if that was asked for: gracefully, with a deadline, then forced."""
+        answer = await ask_power(context, Side.ORIGINAL)
+        if answer.power in IS_OFF:
+            await prove_off(context, Side.ORIGINAL)
+            return PowerOffRecord(was_running=False, forced=False, guest_s=0.0)
+        if not context.options.power_off_original:
+            name = context.pair.name
+            raise StepFailed(
+                f"the original on {context.target.host} is {answer.power.value}: power it off and `failback resume "
+                f"{name}`, or `failback cancel {name}` and start with --power-off-original",
+                code="original-runs",
+            )
+        return await power_off(context, Side.ORIGINAL, OnTimeout.FORCE)
+
+    async def probe(self, context: RunContext) -> Finding:
+        """Done when it is off."""
+        return await found_off(context, Side.ORIGINAL)
+
+
+async def power_off(context: RunContext, side: Side, on_timeout: OnTimeout) -> PowerOffRecord:
+    """Power that side's VM off; no-op when it is off."""
+    agent = context.target if side is Side.ORIGINAL else context.source
+    vm = context.pair.original if side is Side.ORIGINAL else context.pair.replica
+    timeout_s = context.options.shutdown_timeout_s
+    order = PowerOff(order=context.order, vm_uuid=vm.uuid, timeout_s=timeout_s, on_timeout=on_timeout)
+    answer = await ask(agent, order, PoweredOff, timeout_s=timeout_s + POWER_OFF_GRACE_S)
+    return PowerOffRecord(was_running=answer.was_running, forced=answer.forced, guest_s=answer.elapsed_s)
+
+
+async def found_off(context: RunContext, side: Side) -> Finding:
+    """Whether that side's VM went off, as a finding."""
+    if (await ask_power(context, side)).power not in IS_OFF:
+        return NOT_DONE
+    return Finding(verdict=Verdict.DONE, record=PowerOffRecord(was_running=True, forced=False, guest_s=0.0))
+
+
+class FenceOriginal(Step):
+    """Autostart off and image locks, held by the agent."""
+
+    name = "fence_original"
+    sentence = "fence the original: autostart off, images locked"
+    undo_sentence = "release the original if it is whole, keep it fenced if it is torn"
+    lasts_until = "verify"
+
+    async def do(self, context: RunContext) -> FenceRecord:
+        """Take the fence, remember the autostart of before, and make both flags agree."""
+        before = (await inspect(context, Side.ORIGINAL)).fence
+        fence = await take_fence(context, Side.ORIGINAL)
+        await context.remember_autostart(fence.autostart_before)
+        condition, _ = await settle_flag(context, before, fence)
+        return fence_record(fence, condition)
+
+    async def undo(self, context: RunContext) -> Record:
+        """A torn original stays fenced; a whole one may be started by hand, its autostart stays off."""
+        host = context.target.host
+        try:
+            before = (await inspect(context, Side.ORIGINAL)).fence
+            if before is None:
+                return ReleaseRecord(kept=False, condition=context.pair.flag.condition, why="there was no fence")
+            fence = await take_fence(context, Side.ORIGINAL)
+            condition, _ = await settle_flag(context, before, fence)
+            if condition is not Condition.TORN:
+                lift = LiftFence(order=context.order, vm_uuid=context.pair.original.uuid, restore_autostart=False)
+                await ask(context.target, lift, Done)
+                await context.notice(
+                    f"the original on {host} is whole ({condition.value}); it is off, its autostart stays off until a "
+                    "commit, and it must not be started beside the replica"
+                )
+                return ReleaseRecord(kept=False, condition=condition.value, why="whole")
+        except HostUnreachable as error:
+            await context.notice(f"the fence of the original stays as it is: {error.sentence}")
+            return ReleaseRecord(kept=True, condition=context.pair.flag.condition, why="host unreachable")
+        await context.notice(f"the original on {host} is torn and stays fenced until a run verifies it")
+        return ReleaseRecord(kept=True, condition=condition.value, why="torn")
+
+
+class OpenFirstView(Step):
+    """A frozen view of the serving replica."""
+
+    name = "open_first_view"
+    sentence = "freeze a view of the running replica"
+    undo_sentence = "close the view of the replica"
+    lasts_until = "first_pass"
+    number = 1
+
+    def applies(self, context: RunContext) -> bool:
+        """A replica that is off already gets one pass, after the switchover has begun."""
+        return context.survey.replica_power not in IS_OFF
+
+    async def do(self, context: RunContext) -> ViewRecord:
+        """Close what an earlier attempt may have left, then open a view under a name never used before."""
+        attempt = context.log.attempts(self.name)
+        await self._close(context, range(1, attempt))
+        order = OpenView(
+            order=context.order,
+            vm_uuid=context.pair.replica.uuid,
+            targets=context.replica_targets,
+            view=self._view(context, attempt),
+        )
+        opened = await ask(context.source, order, ViewOpened)
+        sizes = {disk.replica: disk.source_size_bytes for disk in context.survey.disks}
+        if {disk.target: disk.size_bytes for disk in opened.disks} != sizes:
+            raise StepFailed(
+                f"the disks of the replica on {context.source.host} were resized in the middle of the run: cancel, "
+                "then plan again",
+                code="size-changed",
+            )
+        return ViewRecord(view=opened.view, live=opened.live)
+
+    async def undo(self, context: RunContext) -> Record:
+        """Close every view of this step."""
+        await self._close(context, range(1, context.log.attempts(self.name) + 1))
+        return ViewRecord(view=self._view(context, context.log.attempts(self.name)), live=False)
+
+    async def close_last(self, context: RunContext) -> ViewRecord:
+        """Close the view that is open."""
+        attempt = context.log.attempts(self.name)
+        await self._close(context, (attempt,))
+        return ViewRecord(view=self._view(context, attempt), live=False)
+
+    def _view(self, context: RunContext, attempt: int) -> str:
+        return f"{context.run.id}-{self.number}" + (f".{attempt}" if attempt > 1 else "")
+
+    async def _close(self, context: RunContext, attempts: range | tuple[int, ...]) -> None:
+        for attempt in attempts:
+            order = CloseView(order=context.order, vm_uuid=context.pair.replica.uuid, view=self._view(context, attempt))
+            await ask(context.source, order, Done)
+
+
+class FirstPass(Step):
+    """Make the original equal the view, while the replica serves."""
+
+    name = "first_pass"
+    sentence = "first pass: bring the original up to the view"
+    interruptible = True
+    opened_by: ClassVar[OpenFirstView] = OpenFirstView()
+
+    def applies(self, context: RunContext) -> bool:
+        """Only with a view to copy."""
+        return self.opened_by.applies(context)
+
+    async def do(self, context: RunContext) -> PassRecord:
+        """Run the pass; until it is complete the original is torn."""
+        opened = context.log.result(self.opened_by.name, ViewRecord)
+        assert opened is not None  # the step before this one
+        return await run_pass(context, self.name, opened.view)
+
+
+class CloseFirstView(Step):
+    """End the view and remove its scratch files."""
+
+    name = "close_first_view"
+    sentence = "close the view"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only where one was opened."""
+        return context.log.intended(OpenFirstView.name)
+
+    async def do(self, context: RunContext) -> ViewRecord:
+        """Close it."""
+        return await OpenFirstView().close_last(context)
+
+
+SYNC_STEPS: tuple[Step, ...] = (
+    Survey(),
+    HoldReplication(),
+    OriginalOff(),
+    FenceOriginal(),
+    OpenFirstView(),
+    FirstPass(),
+    CloseFirstView(),
+)

@@ -1,0 +1,86 @@
+"""Asks both agents everything a plan needs; changes nothing. An agent that gives no answer is a finding, no error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from coordinator.agents import QUESTION_TIMEOUT_S, Agent, AgentDirectory, ask
+from coordinator.entries import EntryKind, JournalEntry
+from coordinator.errors import AgentRefused, HostUnreachable, UsageError
+from coordinator.findings import NO_VM, VERSION, Findings, Problem, SideFindings
+from coordinator.model import Pair, State, VmRef
+from protocol.errors import PeerEnded
+from protocol.messages import (
+    AskPower,
+    DescribeHost,
+    HostDescription,
+    InspectVm,
+    PowerAnswer,
+    VmDescription,
+)
+
+
+async def survey(agents: AgentDirectory, pair: Pair, *, failover_since: str | None = None) -> Findings:
+    """What both agents say of their host and VM, asked at the same time.
+
+    Raises:
+        UsageError: our own certificates cannot be read.
+    """
+    answers: dict[str, SideFindings] = {}
+    ours: list[UsageError] = []
+
+    async def take(name: str, ref: VmRef) -> None:
+        try:
+            answers[name] = await survey_side(agents.agent(ref.host), ref)
+        except UsageError as error:
+            ours.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take, "original", pair.original)
+        nursery.start_soon(take, "replica", pair.replica)
+    if ours:
+        raise ours[0]
+    return Findings(original=answers["original"], replica=answers["replica"], failover_since=failover_since)
+
+
+async def survey_side(agent: Agent, ref: VmRef) -> SideFindings:
+    """What one agent says of its host and of that VM."""
+    try:
+        host = await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S)
+    except (HostUnreachable, AgentRefused) as error:
+        return SideFindings(host=_host_problem(error), vm=None)
+    vm = await _inspect(agent, ref.uuid)
+    if isinstance(vm, Problem) and vm.code == NO_VM:
+        namesake = await _inspect(agent, ref.name)  # the same name under another UUID: redefined, not gone
+        vm = vm if isinstance(namesake, Problem) else namesake
+    power = None if isinstance(vm, Problem) else await _power(agent, vm.uuid)
+    return SideFindings(host=host, vm=vm, power=power)
+
+
+def failover_since(history: Iterable[JournalEntry]) -> float | None:
+    """When the pair last entered *Failover* by the journal, in seconds since 1970; None where it does not say."""
+    times = [entry.at_s for entry in history if entry.kind is EntryKind.STATE and entry.step == State.FAILOVER.value]
+    return times[-1] if times else None
+
+
+def _host_problem(error: HostUnreachable | AgentRefused) -> Problem:
+    cause = error.__cause__
+    if isinstance(cause, PeerEnded) and cause.goodbye_code == VERSION:
+        return Problem(code=VERSION, sentence=cause.sentence)
+    return Problem(code=error.code, sentence=error.sentence)
+
+
+async def _inspect(agent: Agent, vm: str) -> VmDescription | Problem:
+    try:
+        return await ask(agent, InspectVm(vm=vm), VmDescription, timeout_s=QUESTION_TIMEOUT_S)
+    except (HostUnreachable, AgentRefused) as error:
+        return Problem(code=error.code, sentence=error.sentence)
+
+
+async def _power(agent: Agent, uuid: str) -> PowerAnswer | None:
+    try:
+        return await ask(agent, AskPower(vm_uuid=uuid), PowerAnswer, timeout_s=QUESTION_TIMEOUT_S)
+    except (HostUnreachable, AgentRefused):
+        return None

@@ -1,0 +1,141 @@
+"""Taking a pair's run into this process's hands: one transaction checks the verb, raises the epoch, moves on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from coordinator import journal, registry
+from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
+from coordinator.errors import WrongState
+from coordinator.model import Newest, Pair, RestorePoint, RunOptions, State
+from coordinator.plain import to_json
+from coordinator.records import Record, RestorePointRecord
+from coordinator.runlog import RunLog
+from coordinator.states import Verb, check_verb
+from coordinator.steps_commit import RESTORE_POINT
+from coordinator.steps_sync import OPERATOR_SAID_GO_ON
+
+TAKES_BACK = {Verb.UNDO: State.UNDOING, Verb.CANCEL: State.CANCELLING}
+REASONS = {Verb.UNDO: "undone by the administrator", Verb.CANCEL: "cancelled by the administrator"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Author:
+    """Who writes, and when (wall time)."""
+
+    actor: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """A run that is in our hands."""
+
+    pair: Pair
+    run: RunRecord
+    log: RunLog
+
+
+def note(
+    connection: Connection,
+    pair: Pair,
+    author: Author,
+    kind: EntryKind,
+    step: str,
+    *,
+    run: str | None = None,
+    sentence: str = "",
+    record: Record | None = None,
+) -> None:
+    """Add an entry outside the engine: a move of the pair, or a person's word."""
+    entry = JournalEntry(
+        seq=0,
+        pair=pair.name,
+        run=run if run is not None else pair.run or "",
+        epoch=pair.epoch,
+        at_s=author.at_s,
+        kind=kind,
+        phase=Phase.DO,
+        step=step,
+        actor=author.actor,
+        sentence=sentence,
+        elapsed_s=None,
+        result=None if record is None else to_json(record),
+    )
+    journal.append(connection, entry)
+
+
+def start(connection: Connection, name: str, run: str, options: RunOptions, author: Author) -> None:
+    """Failover → Syncing, with a new run and its options."""
+    check_verb(registry.get_pair(connection, name), Verb.START)
+    epoch = registry.raise_epoch(connection, name)
+    record = RunRecord(
+        id=run,
+        pair=name,
+        options=options,
+        actor=author.actor,
+        started_s=author.at_s,
+        ended_s=None,
+        outcome=None,
+        reason="",
+    )
+    journal.create_run(connection, record)
+    registry.set_run(connection, name, epoch, run)
+    pair = registry.move(connection, name, epoch, State.SYNCING)
+    note(connection, pair, author, EntryKind.STATE, State.SYNCING.value)
+
+
+def record_failover(connection: Connection, name: str, author: Author) -> Pair:
+    """Ready → Failover; what it says has been proven."""
+    check_verb(registry.get_pair(connection, name), Verb.FAILOVER)
+    epoch = registry.raise_epoch(connection, name)
+    pair = registry.move(connection, name, epoch, State.FAILOVER)
+    registry.set_newest(connection, name, epoch, Newest.REPLICA)
+    note(connection, pair, author, EntryKind.STATE, State.FAILOVER.value, run="", sentence="the replica took over")
+    return registry.get_pair(connection, name)
+
+
+def take_over(
+    connection: Connection, name: str, verb: Verb, author: Author, restore_point: RestorePoint | None = None
+) -> Taken:
+    """Take the pair's run over for `verb` (resume, cancel, commit, undo), under a new epoch.
+
+    Raises:
+        WrongState: the pair's state does not allow the verb.
+    """
+    pair = registry.get_pair(connection, name)
+    check_verb(pair, verb)
+    if pair.run is None:
+        raise WrongState(f"{name} has no run: `failback start {name}` begins one", pair=name)
+    before = pair
+    epoch = registry.raise_epoch(connection, name)
+    pair = registry.get_pair(connection, name)
+    to = _destination(before, verb)
+    if verb is Verb.COMMIT:
+        record = RestorePointRecord(restore_point=restore_point or RestorePoint.KEEP)
+        note(connection, pair, author, EntryKind.NOTE, RESTORE_POINT, record=record)
+    if before.state is State.NEEDS_OPERATOR:
+        note(connection, pair, author, EntryKind.NOTE, OPERATOR_SAID_GO_ON, sentence=f"{verb.value} by {author.actor}")
+    if to is not None:
+        pair = registry.move(connection, name, epoch, to)
+        note(connection, pair, author, EntryKind.STATE, to.value, sentence=REASONS.get(verb, ""))
+    if verb in REASONS:
+        journal.set_reason(connection, pair.run or "", REASONS[verb])
+    return Taken(
+        pair=pair,
+        run=journal.get_run(connection, pair.run or ""),
+        log=RunLog(journal.entries(connection, name, pair.run)),
+    )
+
+
+def _destination(pair: Pair, verb: Verb) -> State | None:
+    """The state the verb moves the pair to; None: it goes on where it is."""
+    if verb is Verb.COMMIT:
+        return State.COMMITTING
+    if verb in TAKES_BACK:
+        return TAKES_BACK[verb]
+    if pair.state is State.NEEDS_OPERATOR and pair.operator is not None:
+        return pair.operator.before
+    return None

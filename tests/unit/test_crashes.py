@@ -1,0 +1,186 @@
+"""The coordinator is killed at every place where it writes its journal or speaks to an agent; then a person goes on.
+
+I1, I2 and I3 are watched by `tests.fakes.agent.World` after every order; I4 is what these tests end with.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from coordinator import registry
+from coordinator.errors import AgentRefused
+from coordinator.model import Newest, Pair, RestorePoint, RunOptions, State
+from coordinator.runs import Coordinator
+from coordinator.states import TABLE, Verb, allowed_verbs
+from protocol.messages import Condition, Power, Request, RunPass
+from tests.fakes.agent import World
+from tests.unit.coordinator_house import PAIR, CrashPlan, House
+
+Act = Callable[[Coordinator], Awaitable[object]]
+ENDS = {State.FAILBACK, State.FAILOVER, State.READY}
+
+
+async def run(coordinator: Coordinator) -> object:
+    return await coordinator.execute_run(PAIR)
+
+
+async def commit(coordinator: Coordinator) -> object:
+    return await coordinator.commit(PAIR, RestorePoint.DROP)
+
+
+async def undo(coordinator: Coordinator) -> object:
+    return await coordinator.undo(PAIR)
+
+
+async def cancel(coordinator: Coordinator) -> object:
+    return await coordinator.cancel(PAIR)
+
+
+async def resume(coordinator: Coordinator) -> object:
+    return await coordinator.resume(PAIR)
+
+
+async def broken_run(coordinator: Coordinator) -> object:
+    """A run whose first pass breaks off half-way: the original is torn."""
+    world = coordinator.agents
+    assert isinstance(world, World)
+    whole = world.fault
+
+    def broken(_host: str, request: Request, moment: str) -> None:
+        if isinstance(request, RunPass) and moment == "midway":
+            raise AgentRefused("the link was cut; resume", code="sync")
+
+    world.fault = broken
+    outcome = await coordinator.execute_run(PAIR)
+    world.fault = whole
+    assert outcome.state is State.SYNCING
+    return outcome
+
+
+async def prepared(folder: Path, *before: Act) -> House:
+    """A pair with a run, after `before`."""
+    house = House(folder)
+    await house.register()
+    async with house.process() as coordinator:
+        await coordinator.start_run(PAIR, RunOptions())
+        for act in before:
+            await act(coordinator)
+    return house
+
+
+def twin(house: House, folder: Path) -> House:
+    """The same house in another folder: database, VMs and agents as they are now."""
+    shutil.copytree(house.folder, folder)
+    other = copy.deepcopy(house)
+    other.move_to(folder)
+    return other
+
+
+def pair_of(house: House) -> Pair:
+    return house.read(lambda connection: registry.get_pair(connection, PAIR))
+
+
+def check_end(house: House) -> None:
+    """The pair rests in a named state that is true of the VMs, and the newest data exist in full where it says."""
+    pair, world = pair_of(house), house.world
+    assert pair.state in ENDS, pair
+    world.check()
+    assert not world.views, "a view was left open"
+    if pair.state is State.FAILOVER:
+        assert pair.newest is Newest.REPLICA
+        assert (world.original.power, world.replica.power) == (Power.OFF, Power.RUNNING)
+        assert world.replica.fence is None
+        assert world.replica.autostart
+        assert not world.replica.snapshots
+        assert not world.original.autostart or world.original.fence is None
+        torn = world.original.condition is Condition.TORN
+        assert pair.flag.condition == (world.original.condition or Condition.INTACT).value
+        assert (world.original.fence is not None) is torn
+        return
+    assert pair.newest is Newest.ORIGINAL
+    assert (world.original.power, world.replica.power) == (Power.RUNNING, Power.OFF)
+    assert world.original.autostart
+    assert (world.replica.fence is None) is (pair.state is State.READY)
+
+
+async def places_in(act: Act, house: House) -> int:
+    """How many places to die `act` has."""
+    plan = CrashPlan()
+    assert not await house.dies(plan, act)
+    check_end(house)
+    return plan.seen
+
+
+async def finish(house: House, verb: Verb) -> None:
+    """One more process does `verb` if the state allows it, and goes on until the pair rests."""
+    for _ in range(4):
+        pair = pair_of(house)
+        if not TABLE[pair.state].unfinished:
+            return
+        async with house.process() as coordinator:
+            if verb in allowed_verbs(pair):
+                await {Verb.RESUME: resume, Verb.CANCEL: cancel, Verb.UNDO: undo}[verb](coordinator)
+            else:
+                await resume(coordinator)
+
+
+CASES = [
+    pytest.param(run, (), Verb.RESUME, id="run-resume"),
+    pytest.param(run, (), Verb.CANCEL, id="run-cancel"),
+    pytest.param(commit, (run,), Verb.RESUME, id="commit-resume"),
+    pytest.param(undo, (run,), Verb.RESUME, id="undo-resume"),
+    pytest.param(cancel, (broken_run,), Verb.RESUME, id="cancel-resume"),
+]
+
+
+@pytest.mark.parametrize(("act", "before", "verb"), CASES)
+async def test_killed_anywhere_the_pair_comes_to_rest_with_nothing_lost(
+    tmp_path: Path, act: Act, before: tuple[Act, ...], verb: Verb
+) -> None:
+    start = await prepared(tmp_path / "start", *before)
+    places = await places_in(act, twin(start, tmp_path / "whole"))
+    assert places > 10
+    # Cancel is possible in the first half of a run only: the rest is what the case before it does.
+    for place in range(1, places // 2 if verb is Verb.CANCEL else places + 1):
+        house = twin(start, tmp_path / str(place))
+        assert await house.dies(CrashPlan(place), act), place
+        await finish(house, verb)
+        check_end(house)
+
+
+async def test_killed_twice_the_pair_still_comes_to_rest(tmp_path: Path) -> None:
+    start = await prepared(tmp_path / "start")
+    places = await places_in(run, twin(start, tmp_path / "whole"))
+    for place in range(1, places + 1, 13):
+        for again in (3, 23, 41):
+            house = twin(start, tmp_path / f"{place}-{again}")
+            await house.dies(CrashPlan(place), run)
+            if TABLE[pair_of(house).state].unfinished:
+                await house.dies(CrashPlan(again), resume)
+            await finish(house, Verb.RESUME)
+            check_end(house)
+
+
+async def test_killed_after_the_point_of_no_return_undo_is_for_a_person_who_was_asked(tmp_path: Path) -> None:
+    start = await prepared(tmp_path / "start")
+    places = await places_in(run, twin(start, tmp_path / "whole"))
+    asked = 0
+    for place in range(1, places + 1, 4):
+        house = twin(start, tmp_path / str(place))
+        await house.dies(CrashPlan(place), run)
+        house.world.original.fails_to_start = True
+        pair = pair_of(house)
+        if TABLE[pair.state].unfinished:
+            async with house.process() as coordinator:
+                await resume(coordinator)
+        if pair_of(house).state is State.NEEDS_OPERATOR:
+            asked += 1
+            async with house.process() as coordinator:
+                await undo(coordinator)
+            check_end(house)
+    assert asked > 10
