@@ -5,8 +5,8 @@ Two conversations use them (``protocol/SPEC.md``):
 * **control**: the coordinator asks, an agent answers. Each `Request` class names its reply in ``reply``.
 * **bulk**: a source agent and a target agent make one disk equal one view.
 
-Plain types only: ``str``, ``int``, ``bool``, ``bytes``, enums, tuples of those, and other messages. Sizes and offsets are
-bytes, durations are seconds. A path in a message is for people to read: no agent opens a path it was sent.
+Plain types only: ``str``, ``int``, ``bool``, ``bytes``, enums, tuples of those, and other messages. Sizes and offsets
+are bytes, durations are seconds. A path in a message is for people to read: no agent opens a path it was sent.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Codec(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Under whose authority a mutating request comes: an agent obeys only the highest epoch it has seen for the pair."""
+    """Under whose authority an order comes: an agent obeys only the highest epoch it has seen for the pair."""
 
     pair: str
     run: str
@@ -604,7 +604,8 @@ ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure 
 class CompareRanges:
     """Hash these ranges of data and answer with `RangeDigests`. Sent in rising order, ahead of the reading.
 
-    Payload: `count` ranges. Every range starts at a multiple of `block_bytes`; only the last of the disk may end off one.
+    Payload: `count` ranges. Every range starts at a multiple of `block_bytes`; only the last of the disk may end off
+    one.
     """
 
     batch: int
@@ -626,8 +627,8 @@ class ZeroRanges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockData:
-    """Blocks that differ. Payload: `count` ranges, then `count` BLAKE3 digests (32 bytes each, of the plain bytes), then
-    the blocks' bytes, concatenated, stored as `codec` says; `plain_bytes` is their length before that."""
+    """Blocks that differ. Payload: `count` ranges, then `count` BLAKE3 digests (32 bytes each, of the plain bytes),
+    then the blocks' bytes, concatenated, stored as `codec` says; `plain_bytes` is their length before that."""
 
     count: int
     codec: Codec

@@ -18,6 +18,7 @@ SOCKET_PATH_LIMIT_BYTES = 107  # sun_path holds 108 with its closing NUL: unix(7
 FILE_NAME_LIMIT_BYTES = 255
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SNAPSHOT = re.compile(re.escape(SNAPSHOT_PREFIX) + r"[A-Za-z0-9._-]{1,118}")  # a pair's name and a run's, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +42,10 @@ def marked(description: str) -> str:
 
 def check_snapshot(snapshot: str) -> None:
     """Refuse a snapshot name that would not be known as ours later."""
-    if not (snapshot.startswith(SNAPSHOT_PREFIX) and _TAG.fullmatch(snapshot)):
+    if not _SNAPSHOT.fullmatch(snapshot):
         raise HypervisorError(
             f"{snapshot!r} cannot name a snapshot of ours: {SNAPSHOT_PREFIX}, then letters, digits, dots and dashes, "
-            "at most 64 in all.",
+            "at most 127 in all.",
             snapshot=snapshot,
         )
 

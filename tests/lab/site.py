@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.lab import console, disks
-from tests.lab.agent_process import AgentProcess
+from tests.lab.agent_process import BULK_PORT, AgentProcess
 from tests.lab.coordinator_process import CoordinatorProcess
 from tests.lab.domain import LabDisk, Role, domain_xml
 from tests.lab.guest import Guest
@@ -96,6 +96,28 @@ class Site:
     def spawn(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a verb in the background; its output goes to ``failback.log`` in the site's folder."""
         return self.coordinator.spawn("--json", *words, log=self.folder / "failback.log")
+
+    @contextlib.contextmanager
+    def bulk_stalled(self, after_bytes: int = 10_000) -> Iterator[None]:
+        """Inside, a bulk connection that is opened carries `after_bytes` and then nothing arrives: a pass that starts
+        here stops in its middle and stays there."""
+        rule = ["INPUT", "-p", "tcp", "--dport", str(BULK_PORT), "-m", "connbytes", "--connbytes", f"{after_bytes}:"]
+        rule += ["--connbytes-dir", "original", "--connbytes-mode", "bytes", "-j", "DROP"]
+        for verb in ("-A", "-D"):
+            done = self.production.run(["iptables", verb, *rule])
+            assert done.returncode == 0, done.stderr
+            if verb == "-A":
+                yield
+
+    def wait_for_status(
+        self, pair: str, reached: Callable[[dict[str, Any]], bool], run: subprocess.Popen[bytes]
+    ) -> dict[str, Any]:
+        """Look until the status is as wanted; fails when the run ends before."""
+        while run.poll() is None:
+            status = self.failback("status", pair)
+            if reached(status):
+                return status
+        raise AssertionError(f"the run ended too soon: {(self.folder / 'failback.log').read_text()}")
 
     def _agents_said(self) -> str:
         return "\n".join(f"{a.name}: {a.log.read_text(errors='replace')[-2000:]}" for a in self.agents.values())

@@ -1,0 +1,340 @@
+"""Bulk connections: a thin driver of blocking calls for worker threads around `protocol.bulk_connection`.
+
+`protocol/SPEC.md` says what is said; here it is put on a TLS socket. Every wait ends with a deadline, or with
+`shutdown` from another thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from typing import cast
+
+from protocol.bulk_connection import BulkConnection
+from protocol.connection import Allocate, Buffer, Received, Speaker, State, agree, no_common_version
+from protocol.errors import ConnectionLost, PeerEnded, PeerViolation, ProtocolError
+from protocol.messages import PROTOCOL_VERSIONS, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
+from protocol.software import SOFTWARE
+from protocol.tls import PeerIdentity, explain, peer_identity
+from protocol.tls_socket import TlsSocket, linger
+
+IDLE_TIMEOUT_S = 300.0
+"""Neither side may leave the other without a byte for so long; ``Credit(payload_bytes=0)`` is a sign of life."""
+
+ENDING_TIMEOUT_S = 3600.0
+"""After `EndOfPass` the target flushes and reads back what it wrote, and may have nothing to say for long. A host that
+is gone is noticed before, by TCP keepalive."""
+
+HANDSHAKE_TIMEOUT_S = 10.0
+
+WELCOME_TIMEOUT_S = 60.0
+
+
+class BulkSocket:
+    """One bulk connection. One thread may send while another receives; several senders take turns.
+
+    Attributes:
+        peer: who the other end's certificate says it is.
+        bytes_sent, bytes_received: frames whole, before TLS.
+    """
+
+    def __init__(self, pipe: TlsSocket, peer: PeerIdentity, connection: BulkConnection, idle_timeout_s: float) -> None:
+        self.peer = peer
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._pipe = pipe
+        self._connection = connection
+        self._idle_timeout_s = idle_timeout_s
+        # Guards the state machine; waited on for room made by the peer, and for another sender's frame to be out.
+        self._changed = threading.Condition()
+        self._sending = False
+        self._owed_bytes = 0  # credit gathered and not sent yet
+        self._room = 0  # rises with everything the peer says
+        self._failure: ProtocolError | None = None
+        self._version = PROTOCOL_VERSIONS[0]
+
+    def send(self, message: BulkMessage, *pieces: Buffer) -> None:
+        """Send a message; `pieces`, end to end, are its payload, and may be used again on return.
+
+        At the source `BlockData` waits for window and `CompareRanges` for room in ``ahead_bytes``, while another thread
+        must be receiving. Raises LocalMisuse (nothing was sent), ConnectionLost, PeerEnded (the peer said Goodbye),
+        PeerViolation (found by the receiving thread).
+        """
+        with self._changed:
+            if isinstance(message, Credit):
+                gathered = self._gather(message)
+                if gathered is None:
+                    return
+                message = gathered
+            self._await_turn(message, pieces)
+            buffers = self._connection.send(message, *pieces)
+            self._sending = True
+        try:
+            count = self._pipe.send_all(buffers, self._idle_timeout_s)
+        except ProtocolError as error:
+            # Part of the frame may be out; nothing can follow it.
+            self._fail(error)
+            raise
+        finally:
+            with self._changed:
+                self._sending = False
+                self._changed.notify_all()
+        self.bytes_sent += count
+
+    def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
+        """The next message and its payload, which is the caller's to keep.
+
+        `Credit` never comes out: the socket takes it in. The peer's last word (`PassVerified`, `PassFailed`, `Goodbye`)
+        comes out as a message; whoever receives again gets ConnectionLost (PeerEnded after a Goodbye).
+
+        Args:
+            timeout_s: how long the peer may be silent, instead of the connection's idle time-out.
+        """
+        if timeout_s is None:
+            ending = self._connection.state is State.ENDING
+            timeout_s = max(self._idle_timeout_s, ENDING_TIMEOUT_S) if ending else self._idle_timeout_s
+        return self._receive(timeout_s, None)
+
+    def welcome(self, *, window_bytes: int, ahead_bytes: int) -> None:
+        """Target: let the source in, once its grant and `peer.fingerprint` were checked.
+
+        Args:
+            window_bytes: `BlockData` payload that may be on its way without `Credit`; 1 MiB to 1 GiB.
+            ahead_bytes: bytes of disk that may be asked for and not answered; 1 MiB to 1 TiB.
+        """
+        self.send(
+            BulkWelcome(version=self._version, software=SOFTWARE, window_bytes=window_bytes, ahead_bytes=ahead_bytes)
+        )
+
+    def refuse(self, code: str, sentence: str) -> None:
+        """Say Goodbye with that reason, if the connection still takes it, and close."""
+        with contextlib.suppress(ProtocolError):
+            self.send(Goodbye(code=code, sentence=sentence[:1000]))
+        self.close()
+
+    def shutdown(self) -> None:
+        """From any thread: every `send` and `receive`, now and later, ends with ConnectionLost at once. Repeatable."""
+        self._fail(ConnectionLost("the bulk connection was shut down on this side"))
+
+    def close(self) -> None:
+        """Release the socket, after the threads that use it are through; waits up to 2 seconds for the peer to read
+        our last word if we said one. Repeatable."""
+        with self._changed:
+            ended_by_us = self._connection.state is State.OVER and self._connection.ended_by is self._connection.us
+            if self._failure is None:
+                self._failure = ConnectionLost("the bulk connection was closed on this side")
+                politely = ended_by_us
+            else:
+                politely = False
+        self._pipe.close(politely=politely)
+
+    # --- inside ---
+
+    def _gather(self, credit: Credit) -> Credit | None:
+        """Small credits are gathered, for each costs both sides a wake-up: what to send now, if anything.
+
+        Never held back are an eighth of the window, a sign of life (0), and the last that the source could wait for.
+        """
+        owed = self._owed_bytes + credit.payload_bytes
+        unacknowledged = self._connection.unacknowledged_bytes
+        if credit.payload_bytes and owed < unacknowledged and owed < self._connection.window_bytes // 8:
+            self._owed_bytes = owed
+            return None
+        self._owed_bytes = 0
+        return Credit(payload_bytes=owed)
+
+    def _await_turn(self, message: BulkMessage, pieces: tuple[Buffer, ...]) -> None:
+        """Wait, holding `_changed`, until no other frame is being sent and the peer has room for this one."""
+        deadline = time.monotonic() + self._idle_timeout_s
+        room = self._room
+        while True:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            if self._connection.state is State.OVER:
+                raise self._connection.lost()
+            if not self._sending and not self._connection.must_wait(message, *pieces):
+                return
+            if room != self._room:
+                deadline, room = time.monotonic() + self._idle_timeout_s, self._room
+            if not self._changed.wait(deadline - time.monotonic()):
+                raise ConnectionLost(f"the peer made no room for {self._idle_timeout_s:g} seconds")
+
+    def _receive(self, idle_timeout_s: float, deadline: float | None) -> tuple[BulkMessage, memoryview]:
+        while True:
+            with self._changed:
+                if self._failure is not None:
+                    raise self._failure.with_traceback(None)
+                if self._connection.state is State.OVER:
+                    raise self._connection.lost()
+                space = self._connection.want()
+            try:
+                wait_s = idle_timeout_s if deadline is None else max(0.0, deadline - time.monotonic())
+                event = self._take(space, self._pipe.receive_into(space, wait_s))
+            except ProtocolError as error:
+                self._fail(error)
+                raise
+            if event is not None and not isinstance(event.message, Credit):
+                return cast("BulkMessage", event.message), event.payload
+
+    def _take(self, space: memoryview, count: int) -> Received | None:
+        """Count what was received into `space`, and wake the senders it makes room for."""
+        with self._changed:
+            if count == 0:
+                raise self._connection.lost()
+            self.bytes_received += count
+            event = self._connection.filled(count)
+            if event is not None:
+                self._room += 1
+                self._changed.notify_all()
+            return event
+
+    def _fail(self, error: ProtocolError) -> None:
+        """The first failure stands; every thread that waits on this connection learns of it."""
+        with self._changed:
+            if self._failure is None:
+                self._failure = error
+                self._pipe.wake()
+            self._changed.notify_all()
+
+
+def connect_bulk(
+    host: str,
+    port: int,
+    *,
+    server_name: str,
+    context: ssl.SSLContext,
+    peer_fingerprint: str,
+    grant: str,
+    target: str,
+    digest_seed: int,
+    connect_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    welcome_timeout_s: float = WELCOME_TIMEOUT_S,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+    allocate: Allocate | None = None,
+) -> tuple[BulkSocket, BulkWelcome]:
+    """Source: connect to a target agent and be welcomed.
+
+    Args:
+        host, port: where to connect to; `server_name`: the DNS name its certificate must carry.
+        peer_fingerprint: SHA-256 (hex) of the only certificate the target may show.
+        grant, target: which grant, which of its disks (named as the target names it).
+        digest_seed: of the xxh3-128 digests of this pass; random, 64 bits.
+        connect_timeout_s: for TCP and TLS together.
+        welcome_timeout_s: from then on until the target agent, whose own part of the pass may begin later, lets us in.
+        allocate: gives the buffer for a payload of so many bytes.
+
+    Raises ConnectionLost (PeerEnded with the target's reason when it refuses), PeerViolation.
+    """
+    deadline = time.monotonic() + connect_timeout_s
+    peer = f"{server_name} ({host} port {port})"
+    try:
+        plain = socket.create_connection((host, port), timeout=connect_timeout_s)
+    except OSError as error:
+        raise explain(error, peer) from error
+    bulk = _shake_hands(plain, context, peer, deadline, Speaker.CALLER, idle_timeout_s, allocate, server_name)
+    try:
+        if bulk.peer.role is not Role.AGENT:
+            raise PeerViolation(f"the certificate of {peer} is not an agent's")
+        if bulk.peer.fingerprint != peer_fingerprint:
+            raise PeerViolation(f"{peer} shows a certificate other than the one it was announced with")
+        hello = BulkHello(
+            versions=PROTOCOL_VERSIONS, software=SOFTWARE, grant=grant, target=target, digest_seed=digest_seed
+        )
+        bulk.send(hello)
+        message, _ = bulk._receive(idle_timeout_s, time.monotonic() + welcome_timeout_s)
+        if isinstance(message, Goodbye):
+            raise PeerEnded(f"{peer} refused the bulk connection: {message.sentence}", goodbye_code=message.code)
+    except ProtocolError:
+        bulk.close()
+        raise
+    assert isinstance(message, BulkWelcome), message  # the table allows nothing else
+    return bulk, message
+
+
+def accept_bulk(
+    sock: socket.socket,
+    context: ssl.SSLContext,
+    *,
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+    allocate: Allocate | None = None,
+) -> tuple[BulkSocket, BulkHello]:
+    """Target: TLS handshake and `BulkHello` on a TCP connection just accepted; `welcome` or `refuse` comes next.
+
+    Takes `sock` over: it is closed when this raises. The caller checks the grant against `BulkSocket.peer`. Blocks for
+    `handshake_timeout_s` at most (and `tls_socket.LINGER_S` more when it refuses). Raises ConnectionLost (PeerEnded
+    after a Goodbye), PeerViolation.
+    """
+    deadline = time.monotonic() + handshake_timeout_s
+    peer = _address(sock)
+    bulk = _shake_hands(sock, context, peer, deadline, Speaker.LISTENER, idle_timeout_s, allocate, None)
+    try:
+        if bulk.peer.role is not Role.AGENT:
+            bulk.refuse("forbidden", "only an agent's certificate opens a bulk connection")
+            raise PeerViolation(f"the certificate of {peer} is not an agent's")
+        hello, _ = bulk._receive(idle_timeout_s, deadline)
+        if isinstance(hello, Goodbye):
+            raise PeerEnded(hello.sentence, goodbye_code=hello.code)
+        assert isinstance(hello, BulkHello), hello  # the table allows nothing else
+        version = agree(hello.versions)
+        if version is None:
+            sentence = no_common_version(hello.versions, "this agent")
+            bulk.refuse("version", sentence)
+            raise ConnectionLost(f"{peer} cannot be spoken with: {sentence}")
+    except ProtocolError:
+        bulk.close()
+        raise
+    bulk._version = version
+    return bulk, hello
+
+
+def _address(sock: socket.socket) -> str:
+    try:
+        return f"the peer at {sock.getpeername()[0]}"
+    except OSError:
+        return "the peer"
+
+
+def _shake_hands(
+    plain: socket.socket,
+    context: ssl.SSLContext,
+    peer: str,
+    deadline: float,
+    us: Speaker,
+    idle_timeout_s: float,
+    allocate: Allocate | None,
+    server_name: str | None,
+) -> BulkSocket:
+    """TLS on a TCP connection, with another agent. Closes it when that fails."""
+    tls: ssl.SSLSocket | None = None
+    try:
+        _tune(plain)
+        tls = context.wrap_socket(
+            plain, server_side=us is Speaker.LISTENER, server_hostname=server_name, do_handshake_on_connect=False
+        )
+        tls.settimeout(max(0.001, deadline - time.monotonic()))
+        tls.do_handshake()
+        identity = peer_identity(tls)
+    except (OSError, ProtocolError) as error:
+        if tls is None:
+            plain.close()
+        else:
+            if isinstance(error, ssl.SSLError):
+                linger(tls)  # so that the alert that says why reaches the peer
+            tls.close()
+        if isinstance(error, ProtocolError):
+            raise
+        raise explain(error, peer) from error
+    return BulkSocket(TlsSocket(tls, peer), identity, BulkConnection(us, allocate), idle_timeout_s)
+
+
+def _tune(sock: socket.socket) -> None:
+    """Small answers leave at once; a link that died without a word is noticed within a minute while it is idle."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

@@ -1,0 +1,95 @@
+"""Every limit on what crosses a wire, with its reason. Both sides keep them; ``protocol/SPEC.md`` lists them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """How long the two parts of a frame may be, in bytes; checked as soon as the frame's prefix is there."""
+
+    header_bytes: int
+    payload_bytes: int
+
+
+# --- frames ---------------------------------------------------------------------------------------------------
+
+HANDSHAKE = FrameLimits(header_bytes=4 * KIB, payload_bytes=0)
+"""Until the handshake is through: hellos are short, and whoever speaks is not let in yet."""
+
+CONTROL = FrameLimits(header_bytes=MIB, payload_bytes=0)
+"""A `VmDescription` with a thousand snapshots and long paths takes about 300 KiB."""
+
+MAX_PLAIN_BYTES = 8 * MIB
+"""Plain bytes of blocks in one `BlockData`: enough to make the cost of a message vanish, small enough that a few in
+flight fit into an agent's memory budget."""
+
+MAX_BLOCK_RANGES = 16 * KIB
+"""Ranges in one `BlockData`: 512-byte ranges still fill it; each costs 48 bytes of payload."""
+
+MAX_RANGES = 64 * KIB
+"""Ranges in one `CompareRanges` or `ZeroRanges`: 1 MiB of payload, decoded in a few milliseconds."""
+
+MAX_DIGESTS = 512 * KIB
+"""Digests in one `RangeDigests`, hence blocks in one `CompareRanges`: 8 MiB of payload."""
+
+BULK = FrameLimits(header_bytes=64 * KIB, payload_bytes=9 * MIB)
+"""`MAX_PLAIN_BYTES` of blocks, `MAX_BLOCK_RANGES` ranges and digests behind a small header."""
+
+# --- headers: what msgpack may make of them -------------------------------------------------------------------
+
+MAX_CONTAINERS = 16 * KIB
+"""Maps and arrays in one header. An empty map is one byte on the wire and about 70 in memory: a header of nothing else
+would take seventy times its size."""
+
+MAX_MAP_KEYS = 256
+"""Keys of one map: no message has more than twenty, and facts of a failure are few."""
+
+MAX_ARRAY_ITEMS = 64 * KIB
+"""Items of one array: the shortest string costs 2 bytes on the wire and about 60 in memory."""
+
+MAX_TEXT_BYTES = 64 * KIB
+"""One string or byte string: sentences, names and paths (4 KiB on Linux)."""
+
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**64 - 1
+"""What msgpack can write: signed or unsigned 64-bit integers."""
+
+MAX_DISK_BYTES = 2**63 - 1
+"""Sizes, offsets and sums of them: every language has a type for that, and no disk is larger."""
+
+# --- control --------------------------------------------------------------------------------------------------
+
+MAX_REQUEST_NUMBER = 2**32 - 1
+"""Request numbers rise and never come back; four thousand million of them outlast any connection."""
+
+MAX_OUTSTANDING_REQUESTS = 64
+"""Unanswered requests on one connection: a coordinator asks a handful at once; each may hold a worker thread."""
+
+MAX_GOODBYE_CHARACTERS = 1000
+"""Of the sentence in a `Goodbye`, so that it fits a frame of the handshake whatever its alphabet."""
+
+# --- bulk -----------------------------------------------------------------------------------------------------
+
+MIN_BLOCK_BYTES = 512
+MAX_BLOCK_BYTES = 64 * MIB
+"""Block sizes of `CompareRanges`, powers of two: from a disk's sector to the largest superblock."""
+
+MIN_WINDOW_BYTES = 1 * MIB
+MAX_WINDOW_BYTES = 1024 * MIB
+"""`BulkWelcome.window_bytes`: below, a link of any latency starves; above, nobody could mean it."""
+
+MIN_AHEAD_BYTES = 1 * MIB
+MAX_AHEAD_BYTES = 2**40
+"""`BulkWelcome.ahead_bytes`: bytes of disk asked for and not answered."""
+
+# --- connections (defaults of the drivers' arguments) -----------------------------------------------------------
+
+MAX_CONTROL_CONNECTIONS = 32
+"""Open control connections of one agent: a run has one, a command has one for as long as it lasts."""
+
+MAX_HANDSHAKES = 64
+"""Control connections that have not shaken hands yet; each costs a file descriptor and a TLS state of about 50 KiB."""
