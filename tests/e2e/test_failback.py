@@ -39,28 +39,28 @@ def test_the_original_boots_with_everything_the_replica_wrote_and_commit_is_fina
     pair = site.make_pair("full")
     _start(site, pair, "--power-on")
     assert _state(site, pair) == "Failback"
-    assert not pair.replica.running
+    assert not pair.replica.is_running()
     console.wait_ready(pair.original.log)
     _assert_original_holds_everything(pair)
     site.failback("commit", pair.name, "--restore-point", "drop", "--yes")
     assert _state(site, pair) == "Ready"
     assert pair.replica.sources() == {disk.target: disk.path for disk in pair.replica.disks}
-    assert pair.original.running
+    assert pair.original.is_running()
 
 
 def test_both_sides_are_equal_after_the_last_pass_and_undo_gives_the_replica_back(site: Site) -> None:
     pair = site.make_pair("undone", formats=("raw", "qcow2"))
     pair.replica.host.virsh("autostart", pair.replica.name)
     _start(site, pair, "--no-power-on")
-    assert not pair.original.running
-    assert not pair.replica.running
-    assert not pair.replica.autostart
+    assert not pair.original.is_running()
+    assert not pair.replica.is_running()
+    assert not pair.replica.has_autostart()
     pair.assert_same_disks()
     site.failback("undo", pair.name, "--yes")
     assert _state(site, pair) == "Failover"
-    assert pair.replica.running
-    assert pair.replica.autostart
-    assert not pair.original.running
+    assert pair.replica.is_running()
+    assert pair.replica.has_autostart()
+    assert not pair.original.is_running()
     console.wait_for_writes(pair.replica.log, "vda", 1)
     assert pair.replica.sources() == {disk.target: disk.path for disk in pair.replica.disks}
     assert console.found(pair.replica.log)["vda"].consistent
@@ -75,7 +75,7 @@ def test_undo_after_the_original_ran_starts_the_replica_on_exactly_its_own_data(
     site.failback("undo", pair.name, "--yes")
     console.wait_ready(pair.replica.log, after=console.read(pair.replica.log).index("FAILBACK LAST"))
     assert console.found(pair.replica.log) == left
-    assert not pair.original.running
+    assert not pair.original.is_running()
 
 
 @pytest.mark.parametrize("restore_point", ["keep", "drop"])
@@ -111,7 +111,7 @@ def test_cancel_leaves_the_replica_serving_and_a_torn_original_fenced(site: Site
     status = site.failback("status", pair.name)
     assert status["state"] == "Failover"
     assert status["original"]["flag"]["condition"] == "torn"
-    assert pair.replica.running
+    assert pair.replica.is_running()
     assert pair.replica.host.virsh("domjobinfo", pair.replica.name).split() == ["Job", "type:", "None"]
     console.wait_for_writes(pair.replica.log, "vda", 1)
     with pytest.raises(HostError, match="lock"):
@@ -147,7 +147,7 @@ def test_resume_after_the_coordinator_was_killed_in_the_middle_of_the_last_pass(
         site.wait_for_status(pair.name, lambda status: _in_the_middle(status, "last_pass"), run)
         run.send_signal(signal.SIGKILL)
         run.wait(60)
-    assert not pair.replica.running
+    assert not pair.replica.is_running()
     with pytest.raises(HostError, match="lock"):
         pair.replica.host.virsh("start", pair.replica.name)
     site.failback("resume", "--foreground", pair.name)
@@ -161,7 +161,7 @@ def test_a_replica_that_ignores_shutdown_goes_on_serving(site: Site) -> None:
     answer = site.failback("start", "--yes", "--foreground", "--shutdown-timeout", "3s", pair.name, exit_code=1)
     assert "power off" in str(answer)
     assert _state(site, pair) == "Failover"
-    assert pair.replica.running
+    assert pair.replica.is_running()
     console.wait_for_writes(pair.replica.log, "vda", 1)
 
 
@@ -174,6 +174,6 @@ def test_everything_that_speaks_against_a_run_is_told_at_once_and_nothing_is_tou
     answer = _start(site, pair, exit_code=3)
     codes = {refusal["code"] for refusal in answer["plan"]["refusals"]}  # type: ignore[index]
     assert len(codes) >= 2, answer
-    assert pair.original.running
-    assert pair.replica.running
+    assert pair.original.is_running()
+    assert pair.replica.is_running()
     assert _state(site, pair) == "Failover"

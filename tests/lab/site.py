@@ -34,13 +34,11 @@ class LabVm:
     disks: tuple[LabDisk, ...]
     log: Path
 
-    @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether libvirt says so."""
         return self.host.virsh("domstate", self.name).strip() == "running"
 
-    @property
-    def autostart(self) -> bool:
+    def has_autostart(self) -> bool:
         """Whether it starts with its host."""
         return "enable" in self.host.virsh("dominfo", self.name).split("Autostart:")[1].split("\n")[0]
 

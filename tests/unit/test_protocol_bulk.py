@@ -300,7 +300,10 @@ def test_payloads_go_into_the_buffers_the_caller_gives(certificates: Certificate
 # --- endings --------------------------------------------------------------------------------------------------------
 
 
-def test_a_failure_reaches_a_source_that_is_sending_at_full_speed(certificates: Certificates, threads: Threads) -> None:
+@pytest.mark.parametrize("in_a_hurry", [False, True])
+def test_a_failure_reaches_a_source_that_is_sending_at_full_speed(
+    certificates: Certificates, threads: Threads, in_a_hurry: bool
+) -> None:
     """The target's last word must not be lost in the reset that unread data would cause."""
     failed = PassFailed(code="disk", sentence="no space", target="vda", offset_bytes=4096)
     with connected(certificates, threads, window_bytes=64 * MIB) as (source, target):
@@ -314,6 +317,8 @@ def test_a_failure_reaches_a_source_that_is_sending_at_full_speed(certificates: 
         sending, listening_ = threads.start(send_until_ended), threads.start(source.receive)
         target.receive()
         target.send(failed)
+        if in_a_hurry:
+            target.shutdown()
         closing = threads.start(target.close)
         assert listening_.result(DEADLINE_S)[0] == failed
         with pytest.raises(ConnectionLost):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
+from protocol import limits
 from protocol.channel import ControlChannel, open_control, serve_control
 from protocol.connection import ControlConnection, Speaker
 from protocol.errors import (
@@ -103,7 +104,12 @@ def _map_error(error: Exception) -> Failure | None:
 
 @asynccontextmanager
 async def serving(
-    service: Service, certificates: Certificates, *, context: ssl.SSLContext | None = None, silent_after_s: float = 30
+    service: Service,
+    certificates: Certificates,
+    *,
+    context: ssl.SSLContext | None = None,
+    silent_after_s: float = 30,
+    map_error: Callable[[Exception], Failure | None] = _map_error,
 ) -> AsyncIterator[int]:
     """An agent on a port of its own."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -115,7 +121,7 @@ async def serving(
             context or certificates.agent.server(),
             service.handle,
             host=AGENT_NAME,
-            map_error=_map_error,
+            map_error=map_error,
             max_connections=2,
             handshake_timeout_s=1,
             silent_after_s=silent_after_s,
@@ -230,6 +236,50 @@ async def test_an_error_nobody_mapped_is_internal_and_the_connection_lives_on(ce
                 await channel.ask(request)
             assert caught.value.code == "internal"
         assert await channel.ask(DescribeHost()) == HOST
+
+
+async def test_an_error_inside_the_handlers_nursery_is_mapped_as_what_it_is(certificates: Certificates) -> None:
+    async def fail() -> None:
+        raise ValueError("inside")
+
+    async def answer(request: Request, progress: object) -> Reply:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+        return HOST
+
+    async with serving(Service(answer), certificates) as port, asking(port, certificates) as channel:
+        with pytest.raises(RequestFailed) as caught:
+            await channel.ask(DescribeHost())
+        assert caught.value.code == "value"
+
+
+async def test_a_handler_that_fails_while_its_agent_stops_harms_nothing(certificates: Certificates) -> None:
+    mapped: list[Exception] = []
+
+    async def fail_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("in the middle of stopping")
+
+    async def answer(request: Request, progress: object) -> Reply:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            nursery.start_soon(fail_when_cancelled)
+        return HOST
+
+    def map_error(error: Exception) -> Failure | None:
+        mapped.append(error)
+        return _map_error(error)
+
+    service = Service(answer)
+    async with trio.open_nursery() as nursery:
+        port, agent = await nursery.start(_serve_until_cancelled, service, certificates, map_error)
+        async with asking(port, certificates) as channel:
+            nursery.start_soon(_cancel_when, service.seen, agent)
+            with refused("stopping"):
+                await channel.ask(DescribeHost())
+    assert [str(error) for error in mapped] == ["in the middle of stopping"]
 
 
 async def test_progress_reaches_the_one_who_asked(certificates: Certificates) -> None:
@@ -377,10 +427,11 @@ async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
 async def _serve_until_cancelled(
     service: Service,
     certificates: Certificates,
+    map_error: Callable[[Exception], Failure | None] = _map_error,
     task_status: trio.TaskStatus[tuple[int, trio.CancelScope]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.CancelScope() as scope:
-        async with serving(service, certificates) as port:
+        async with serving(service, certificates, map_error=map_error) as port:
             task_status.started((port, scope))
             await trio.sleep_forever()
 
@@ -569,6 +620,17 @@ async def test_who_does_not_speak_in_time_is_dropped_and_others_are_served(certi
         assert await silent.receive_some() == b""
         await mute.aclose()
         await silent.aclose(politely=False)
+
+
+async def test_a_flood_of_half_open_connections_is_cut_short(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_HANDSHAKES", 2)
+    async with serving(Service(_describe), certificates) as port:
+        mute = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(3)]
+        assert await mute[2].receive_some() == b""
+        for stream in mute:
+            await stream.aclose()
 
 
 async def test_a_peer_that_breaks_the_rules_loses_its_connection_only(certificates: Certificates) -> None:
