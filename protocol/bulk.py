@@ -54,6 +54,7 @@ class BulkSocket:
         self._owed_bytes = 0  # credit gathered and not sent yet
         self._room = 0  # rises with everything the peer says
         self._failure: ProtocolError | None = None
+        self._stopped = ConnectionLost("the bulk connection was shut down on this side")
         self._version = PROTOCOL_VERSIONS[0]
 
     def send(self, message: BulkMessage, *pieces: Buffer) -> None:
@@ -72,6 +73,7 @@ class BulkSocket:
             self._await_turn(message, pieces)
             buffers = self._connection.send(message, *pieces)
             self._sending = True
+        count = 0
         try:
             count = self._pipe.send_all(buffers, self._idle_timeout_s)
         except ProtocolError as error:
@@ -81,8 +83,8 @@ class BulkSocket:
         finally:
             with self._changed:
                 self._sending = False
+                self.bytes_sent += count
                 self._changed.notify_all()
-        self.bytes_sent += count
 
     def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
         """The next message and its payload, which is the caller's to keep.
@@ -117,19 +119,16 @@ class BulkSocket:
 
     def shutdown(self) -> None:
         """From any thread: every `send` and `receive`, now and later, ends with ConnectionLost at once. Repeatable."""
-        self._fail(ConnectionLost("the bulk connection was shut down on this side"))
+        self._fail(self._stopped)
 
     def close(self) -> None:
         """Release the socket, after the threads that use it are through; waits up to 2 seconds for the peer to read
         our last word if we said one. Repeatable."""
         with self._changed:
-            ended_by_us = self._connection.state is State.OVER and self._connection.ended_by is self._connection.us
-            if self._failure is None:
-                self._failure = ConnectionLost("the bulk connection was closed on this side")
-                politely = ended_by_us
-            else:
-                politely = False
-        self._pipe.close(politely=politely)
+            last_word_ours = self._connection.state is State.OVER and self._connection.ended_by is self._connection.us
+            intact = self._failure in (None, self._stopped)
+            self._failure = self._failure or ConnectionLost("the bulk connection was closed on this side")
+        self._pipe.close(politely=last_word_ours and intact)
 
     # --- inside ---
 

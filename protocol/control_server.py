@@ -163,9 +163,7 @@ class _Session:
                     await self.pipe.close("stopping", f"the agent on {self.server.host} is stopping")
                     nursery.cancel_scope.cancel()
         except ExceptionGroup as group:
-            # Handlers that failed while they were being cancelled: nobody is left to be answered.
-            for error in group.exceptions:
-                self._failure(error)
+            self._failure(group)  # a mistake of ours; it ends this connection alone
 
     async def _listen(self, nursery: trio.Nursery) -> None:
         try:
@@ -200,6 +198,14 @@ class _Session:
         try:
             with scope:
                 answer = await self.server.handler(request, self.peer, partial(self._progress, number))
+        except BaseExceptionGroup as group:
+            cancelled, failed = group.split(trio.Cancelled)
+            if isinstance(failed, ExceptionGroup):
+                answer = self._failure(failed)
+            elif failed is not None:
+                raise  # an interrupt from the keyboard, say
+            if cancelled is not None:
+                raise cancelled from None
         except Exception as error:  # noqa: BLE001 - the boundary: whatever a handler raises becomes an answer
             answer = self._failure(error)
         finally:
@@ -213,6 +219,8 @@ class _Session:
         await trio.lowlevel.checkpoint()
 
     def _failure(self, error: Exception) -> Failure:
+        while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]  # the handler's nurseries are its own affair
         failure = self.server.map_error(error)
         if failure is not None:
             return failure

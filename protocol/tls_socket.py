@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from protocol.errors import ConnectionLost
 from protocol.tls import explain
@@ -48,6 +48,7 @@ class TlsSocket:
         self._peer = peer
         self._tls = threading.Lock()
         self._next = threading.Lock()
+        self._ending = threading.Lock()
         self._writer_waits = False
         self._down = False
         self._closed = False
@@ -85,11 +86,13 @@ class TlsSocket:
 
     def wake(self) -> None:
         """From any thread: end every wait, now and later, with ConnectionLost. Repeatable."""
-        if not self._down and not self._closed:
-            self._down = True
-            os.eventfd_write(self._wake, 1)
-            # For the peer's sake, and for a thread that is inside of TLS at this moment.
-            _shut(self._sock, socket.SHUT_RDWR)
+        with self._ending:
+            if not self._down and not self._closed:
+                self._down = True
+                os.eventfd_write(self._wake, 1)
+                # The peer learns of it. Not the receiving direction: what still came in would be answered with a
+                # reset, which may overtake our last word.
+                _shut(self._sock, socket.SHUT_WR)
 
     def close(self, *, politely: bool) -> None:
         """Release everything; no thread may be using it any more. Repeatable.
@@ -97,13 +100,13 @@ class TlsSocket:
         Politely: let the peer read our last word first. Closing a socket that holds unread bytes resets the connection,
         which may overtake what we said.
         """
-        if self._closed:
-            return
-        if politely and not self._down:
+        if politely and not self._closed:
             linger(self._sock)
-        self._closed = True
-        self._sock.close()
-        os.close(self._wake)
+        with self._ending:
+            if not self._closed:
+                self._closed = True
+                self._sock.close()
+                os.close(self._wake)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -184,8 +187,7 @@ def linger(sock: ssl.SSLSocket) -> None:
     TLS is not spoken any more: the last word, or the alert, is out already.
     """
     deadline = time.monotonic() + LINGER_S
-    if not _shut(sock, socket.SHUT_WR):
-        return
+    _shut(sock, socket.SHUT_WR)
     scrap = bytearray(65536)
     while (left := deadline - time.monotonic()) > 0:
         sock.settimeout(left)
@@ -196,13 +198,10 @@ def linger(sock: ssl.SSLSocket) -> None:
             return
 
 
-def _shut(sock: ssl.SSLSocket, how: int) -> bool:
+def _shut(sock: ssl.SSLSocket, how: int) -> None:
     """``shutdown(2)`` itself: that of ``SSLSocket`` also throws away its TLS state, under another thread's feet."""
-    try:
+    with suppress(OSError):  # the peer was faster
         socket.socket.shutdown(sock, how)
-    except OSError:
-        return False  # the peer was faster
-    return True
 
 
 def _joined(buffers: Sequence[Buffer]) -> list[Buffer]:

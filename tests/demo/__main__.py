@@ -38,13 +38,13 @@ def _told(folder: RunFolder, *, undo: bool) -> int:
     try:
         tell(folder, undo=undo)
     except Interrupted as interrupted:
+        folder.tidy()  # before the words: where the terminal is gone, they fail
         print("\ndemo: interrupted; guests and agents are ended", file=sys.stderr)
-        folder.tidy()
         return 128 + interrupted.number
     except FAILURES as error:
+        folder.remove_sockets()
         print(f"\ndemo: failed: {error}", file=sys.stderr)
         print(f"demo: everything is kept in {place}: consoles, agents' logs, disks, journal", file=sys.stderr)
-        folder.remove_sockets()
         return 1
     folder.tidy()
     print(f"\nEvery proof holds. Consoles, logs and report are in {place}; `make clean` removes it.")

@@ -1,33 +1,25 @@
-"""Bulk connections over real TLS on loopback, in threads: flow control, last words, waking up, who is not let in."""
+"""Bulk connections over real TLS on loopback, in threads: flow control, last words, waking up."""
 
 from __future__ import annotations
 
 import os
-import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 
-from protocol.bulk import BulkSocket, accept_bulk, connect_bulk
+from protocol.bulk import BulkSocket, connect_bulk
 from protocol.codec import encode
-from protocol.errors import ConnectionLost, LocalMisuse, PeerEnded, PeerViolation
+from protocol.errors import ConnectionLost, LocalMisuse, PeerViolation
 from protocol.framing import frame_prefix
 from protocol.messages import (
     BlockData,
-    BulkHello,
     BulkMessage,
-    BulkWelcome,
     Codec,
     CompareRanges,
     Credit,
     EndOfPass,
-    Goodbye,
     PassFailed,
     PassVerified,
     RangeDigests,
@@ -35,12 +27,8 @@ from protocol.messages import (
     ZeroRanges,
 )
 from protocol.tls import PeerIdentity
-from tests.unit.protocol_house import AGENT_NAME, MIB, Certificates, block_payload, make_certificates, ranges, refused
-
-T = TypeVar("T")
-DEADLINE_S = 20
-VERIFIED = PassVerified(written_bytes=1, zeroed_bytes=0, verified_bytes=1, compared_bytes=1, past_cache=True)
-END = EndOfPass(data_bytes=1, zero_bytes=0, compared_bytes=1)
+from tests.unit.bulk_house import DEADLINE_S, END, VERIFIED, Threads, connected, listening
+from tests.unit.protocol_house import AGENT_NAME, MIB, Certificates, block_payload, make_certificates, ranges
 
 
 @pytest.fixture(scope="module")
@@ -48,97 +36,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_certificates(tmp_path_factory.mktemp("pki"))
 
 
-class Threads:
-    """Runs calls beside the test; what they return or raise is collected with a deadline."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(8)
-
-    def start(self, call: Callable[[], T]) -> Future[T]:
-        """Run it in a thread."""
-        return self._pool.submit(call)
-
-    def close(self) -> None:
-        """Wait for all."""
-        self._pool.shutdown()
-
-
 @pytest.fixture
 def threads() -> Iterator[Threads]:
     threads = Threads()
     yield threads
     threads.close()
-
-
-@contextmanager
-def listening(
-    certificates: Certificates,
-    threads: Threads,
-    *,
-    context: ssl.SSLContext | None = None,
-    handshake_timeout_s: float = 5,
-) -> Iterator[tuple[int, Future[tuple[BulkSocket, BulkHello]]]]:
-    """A target agent that accepts one connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(DEADLINE_S)
-
-        def accept() -> tuple[BulkSocket, BulkHello]:
-            sock, _ = listener.accept()
-            return accept_bulk(
-                sock,
-                context or certificates.agent.server(),
-                handshake_timeout_s=handshake_timeout_s,
-                idle_timeout_s=DEADLINE_S,
-            )
-
-        yield listener.getsockname()[1], threads.start(accept)
-
-
-def connect(
-    port: int,
-    certificates: Certificates,
-    *,
-    context: ssl.SSLContext | None = None,
-    server_name: str = AGENT_NAME,
-    peer_fingerprint: str | None = None,
-    idle_timeout_s: float = DEADLINE_S,
-) -> tuple[BulkSocket, BulkWelcome]:
-    return connect_bulk(
-        "127.0.0.1",
-        port,
-        server_name=server_name,
-        context=context or certificates.other_agent.client(),
-        peer_fingerprint=peer_fingerprint or certificates.agent.fingerprint,
-        grant="ab" * 16,
-        target="vda",
-        digest_seed=2**64 - 1,
-        connect_timeout_s=5,
-        idle_timeout_s=idle_timeout_s,
-    )
-
-
-@contextmanager
-def connected(
-    certificates: Certificates,
-    threads: Threads,
-    *,
-    window_bytes: int = 4 * MIB,
-    ahead_bytes: int = 4 * MIB,
-    idle_timeout_s: float = DEADLINE_S,
-) -> Iterator[tuple[BulkSocket, BulkSocket]]:
-    """A source and a target past the handshake."""
-    with ExitStack() as stack, listening(certificates, threads) as (port, accepted):
-        connecting = threads.start(lambda: connect(port, certificates, idle_timeout_s=idle_timeout_s))
-        target, hello = accepted.result(DEADLINE_S)
-        stack.callback(target.close)
-        stack.callback(target.shutdown)
-        assert (hello.grant, hello.target, hello.digest_seed) == ("ab" * 16, "vda", 2**64 - 1)
-        target.welcome(window_bytes=window_bytes, ahead_bytes=ahead_bytes)
-        source, welcome = connecting.result(DEADLINE_S)
-        stack.callback(source.close)
-        stack.callback(source.shutdown)
-        assert (welcome.window_bytes, welcome.ahead_bytes) == (window_bytes, ahead_bytes)
-        yield source, target
 
 
 def test_both_sides_know_who_the_other_is(certificates: Certificates, threads: Threads) -> None:
@@ -406,141 +308,3 @@ def test_close_is_harmless_when_repeated(certificates: Certificates, threads: Th
         target.shutdown()
         target.close()
         target.shutdown()
-
-
-# --- who is not let in ----------------------------------------------------------------------------------------------
-
-
-def test_nobody_listens(certificates: Certificates) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        with pytest.raises(ConnectionLost, match="refuses connections"):
-            connect(sock.getsockname()[1], certificates)
-
-
-def test_a_refusal_carries_its_reason(certificates: Certificates, threads: Threads) -> None:
-    with listening(certificates, threads) as (port, accepted):
-        connecting = threads.start(lambda: connect(port, certificates))
-        target, _ = accepted.result(DEADLINE_S)
-        target.refuse("forbidden", "no such grant")
-        with refused("forbidden"):
-            connecting.result(DEADLINE_S)
-
-
-@pytest.mark.parametrize(
-    ("who", "alert"), [("foreign_agent", "CA it does not know"), ("expired_agent", "our certificate has expired")]
-)
-def test_a_wrong_certificate_of_the_source_is_refused_and_it_is_told_why(
-    certificates: Certificates, threads: Threads, who: str, alert: str
-) -> None:
-    context = getattr(certificates, who).client()
-    context.load_verify_locations(certificates.agent.issued.ca)
-    with listening(certificates, threads) as (port, accepted):
-        with pytest.raises(ConnectionLost, match=alert):
-            connect(port, certificates, context=context)
-        with pytest.raises(PeerViolation):
-            accepted.result(DEADLINE_S)
-
-
-def test_a_source_without_certificate_is_refused_and_told_why(certificates: Certificates, threads: Threads) -> None:
-    with listening(certificates, threads) as (port, accepted):
-        with pytest.raises(ConnectionLost, match="we showed none"):
-            connect(port, certificates, context=certificates.other_agent.client_without_certificate())
-        with pytest.raises(PeerViolation, match="showed no certificate"):
-            accepted.result(DEADLINE_S)
-
-
-def test_a_coordinator_may_not_open_bulk_connections(certificates: Certificates, threads: Threads) -> None:
-    with listening(certificates, threads) as (port, accepted):
-        with refused("forbidden"):
-            connect(port, certificates, context=certificates.coordinator.client())
-        with pytest.raises(PeerViolation, match="not an agent's"):
-            accepted.result(DEADLINE_S)
-
-
-@pytest.mark.parametrize(
-    ("who", "why"),
-    [("foreign_agent", "another CA"), ("expired_agent", "expired"), ("other_agent", "another host name")],
-)
-def test_the_source_refuses_a_wrong_certificate_of_the_target(
-    certificates: Certificates, threads: Threads, who: str, why: str
-) -> None:
-    context = getattr(certificates, who).server()
-    context.load_verify_locations(certificates.agent.issued.ca)
-    with listening(certificates, threads, context=context) as (port, accepted):
-        with pytest.raises(PeerViolation, match=why):
-            connect(port, certificates)
-        with pytest.raises(ConnectionLost):
-            accepted.result(DEADLINE_S)
-
-
-def test_the_source_refuses_a_target_other_than_the_one_announced(certificates: Certificates, threads: Threads) -> None:
-    with listening(certificates, threads) as (port, accepted):
-        with pytest.raises(PeerViolation, match="other than the one"):
-            connect(port, certificates, peer_fingerprint="00" * 32)
-        with pytest.raises(ConnectionLost):
-            accepted.result(DEADLINE_S)
-
-
-def test_a_peer_that_never_shakes_hands_is_given_up(certificates: Certificates, threads: Threads) -> None:
-    with (
-        listening(certificates, threads, handshake_timeout_s=0.1) as (port, accepted),
-        socket.create_connection(("127.0.0.1", port)) as sock,
-    ):
-        sock.settimeout(DEADLINE_S)
-        assert sock.recv(1) == b""
-        with pytest.raises(ConnectionLost, match="in time"):
-            accepted.result(DEADLINE_S)
-
-
-@contextmanager
-def raw_source(port: int, certificates: Certificates) -> Iterator[ssl.SSLSocket]:
-    """A source past TLS that says what the test wants."""
-    context = certificates.other_agent.client()
-    with (
-        socket.create_connection(("127.0.0.1", port), DEADLINE_S) as plain,
-        context.wrap_socket(plain, server_hostname=AGENT_NAME) as sock,
-    ):
-        yield sock
-
-
-def test_a_peer_that_dribbles_its_hello_is_given_up(certificates: Certificates, threads: Threads) -> None:
-    with (
-        listening(certificates, threads, handshake_timeout_s=0.3) as (port, accepted),
-        raw_source(port, certificates) as sock,
-    ):
-        for byte in b"\x00\x00\x0f\x00\x00\x00\x00\x00" + bytes(1000):
-            try:
-                sock.sendall(bytes([byte]))
-            except OSError:
-                break
-            with suppress(TimeoutError, ConnectionLost):
-                accepted.result(0.05)
-            if accepted.done():
-                break
-        with pytest.raises(ConnectionLost, match="sent nothing"):
-            accepted.result(0)
-
-
-def test_a_source_without_a_common_version_hears_both_sides_versions(
-    certificates: Certificates, threads: Threads
-) -> None:
-    hello = BulkHello(versions=(9,), software="future", grant="", target="vda", digest_seed=0)
-    with listening(certificates, threads) as (port, accepted):
-        with raw_source(port, certificates) as sock:
-            sock.sendall(frame_prefix(encode(hello), 0))
-            said = b""
-            while data := sock.recv(4096):
-                said += data
-        assert b"Goodbye" in said
-        assert b"version 1" in said
-        assert b"speaks 9" in said
-        with pytest.raises(ConnectionLost, match="cannot be spoken with"):
-            accepted.result(DEADLINE_S)
-
-
-def test_a_source_may_say_goodbye_instead_of_hello(certificates: Certificates, threads: Threads) -> None:
-    with listening(certificates, threads) as (port, accepted), raw_source(port, certificates) as sock:
-        sock.sendall(frame_prefix(encode(Goodbye(code="done", sentence="changed my mind")), 0))
-        with pytest.raises(PeerEnded, match="changed my mind"):
-            accepted.result(DEADLINE_S)
