@@ -1,0 +1,1 @@
+"""Benchmarks: what failback costs, side by side with what administrators use today. See README.md beside this file."""
