@@ -7,6 +7,7 @@ TESTS ?= tests
 UNDO ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup packages check format test demo clean

@@ -46,17 +46,15 @@ def _steps(report: Mapping[str, Any]) -> Table:
     for line in report["steps"]:
         name = human.step(line["step"])
         table.add_row(f"taken back: {name}" if line["undone"] else name, human.duration(line["elapsed_s"]))
-    table.add_row(Text("Downtime", style="bold"), Text(human.duration(report["downtime_s"]), style="bold"))
+    table.add_row(
+        Text("Downtime of the switchover", style="bold"), Text(human.duration(report["downtime_s"]), style="bold")
+    )
     return table
 
 
 def _proofs(proofs: Sequence[Proof]) -> Table:
     table = _table("Proofs", "", "Claim", "Seen")
     for proof in proofs:
-        table.add_row(mark(proof), proof.claim, proof.seen)
+        mark = Text("ok", style="green") if proof.holds else Text("!!", style="bold red")
+        table.add_row(mark, proof.claim, proof.seen)
     return table
-
-
-def mark(proof: Proof) -> Text:
-    """The sign before a proof."""
-    return Text(" ok", style="green") if proof.holds else Text(" !!", style="bold red")

@@ -19,6 +19,10 @@ from tests.lab.leftovers import Leftovers
 REPOSITORY = Path(__file__).parents[2]
 HOSTS = ("prod1", "dr1")
 CACHE = "lab"
+XDG = "xdg"
+XDG_VARIABLES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
+"""Where libvirt keeps what is an ordinary user's own; it does so beside an embedded root, too."""
+
 LONGEST = 30
 """Characters of the folder's path. A view's socket lies 70 below it, and a unix socket's path has 107 (unix(7))."""
 
@@ -46,6 +50,13 @@ class RunFolder:
         for host in HOSTS:
             for name in ("root", "disks", "run", "scratch"):
                 shutil.rmtree(self.real / host / name, ignore_errors=True)
+        shutil.rmtree(self.real / XDG, ignore_errors=True)
+
+    def catch_user_files(self) -> None:
+        """Let what processes of the demo write into the user's home, by way of libvirt, go into the folder."""
+        place = self.path / XDG
+        place.mkdir(mode=0o700)
+        os.environ.update(dict.fromkeys(XDG_VARIABLES, str(place)))
 
     def remove_sockets(self) -> None:
         """Remove what QEMUs that are gone listened on."""
@@ -74,7 +85,9 @@ def open_folder(real: Path) -> Iterator[RunFolder]:
             stack.callback(shutil.rmtree, path)
             path = path / "d"
             path.symlink_to(real)
-        yield RunFolder(real, path, _cache(real))
+        folder = RunFolder(real, path, _cache(real))
+        folder.catch_user_files()
+        yield folder
 
 
 def _empty(real: Path) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tests.demo import images, proofs
-from tests.demo.closing import closing_table, mark
+from tests.demo.closing import closing_table
 from tests.demo.folder import HOSTS, RunFolder, free_network
 from tests.demo.hosts import DemoHost
 from tests.demo.proofs import Proof
@@ -185,7 +185,8 @@ class Story:
         self.proofs += found
         for proof in found:
             line = Table.grid(padding=(0, 1))
-            line.add_row(mark(proof), f"{proof.claim}: {proof.seen}")
+            word = Text("proof", style="bold green") if proof.holds else Text("FAILS", style="bold red")
+            line.add_row(word, f"{proof.claim}: {proof.seen}")
             self.terminal.show(line)
         failed = [proof for proof in found if not proof.holds]
         if failed:
