@@ -14,6 +14,8 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +24,10 @@ import structlog
 import trio
 
 from agent.config import DEFAULT_PATH, Config, load
-from agent.errors import AgentError, ConfigError
+from agent.errors import AgentError, ConfigError, HypervisorError
 from agent.ledger import Ledger
 from agent.service import SOFTWARE, AgentService, failure_of
+from agent.sync.conversation import Unforeseen
 from agent.virt.libvirt_host import LibvirtHost
 from protocol.bulk import accept_bulk
 from protocol.channel import serve_control
@@ -38,6 +41,11 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 MAX_ARRIVING = 64
 """Bulk connections that may be in their handshake at once; more wait in the kernel's queue."""
+MEND_EVERY_S = 5.0
+STOP_WITHIN_S = 100.0
+"""Less than the unit's ``TimeoutStopSec``, more than any of our own waits."""
+SOCKET_NAME_BYTES = 24
+"""Longest name of a socket in the runtime folder, ``/nbd-PID-NUMBER``; a path may have 107 bytes (unix(7))."""
 
 
 class StartError(AgentError):
@@ -66,6 +74,45 @@ async def serve(config: Config) -> None:
     Raises:
         AgentError, ProtocolError: it cannot start; nothing is left running.
     """
+    # Around everything: a signal that came while none was listened for would end the process in the middle of its end.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        failure: AgentError | ProtocolError | None = None
+        async with trio.open_nursery() as nursery:
+            working = trio.CancelScope()
+            nursery.start_soon(_stop_on_signal, signals, working, nursery)
+            with working:
+                try:
+                    await _run(config)
+                except (AgentError, ProtocolError) as error:
+                    failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], working: trio.CancelScope, nursery: trio.Nursery) -> None:
+    """The first signal ends the agent in order; repeated, it changes nothing: what is left to do is done at once
+    already, and leaving it half done would leave guests with open views."""
+    async for number in signals:
+        name = signal.Signals(number).name
+        if working.cancel_called:
+            log.info("stopping already", signal=name)
+            continue
+        log.info("stopping", signal=name)
+        notify("STOPPING=1")
+        working.cancel()
+        nursery.start_soon(_give_up)
+
+
+async def _give_up() -> None:
+    """Storage or a libvirtd that hangs keeps a thread for ever. The end is then the one that any crash may bring, and
+    that everything durable is made for."""
+    await trio.sleep(STOP_WITHIN_S)
+    log.error("storage or libvirt does not answer; ending without waiting for it", after_s=STOP_WITHIN_S)
+    os._exit(EXIT_FAILED)
+
+
+async def _run(config: Config) -> None:
     tls = config.tls
     server = server_context(certificate=tls.certificate, key=tls.key, ca=tls.ca)
     client = client_context(certificate=tls.certificate, key=tls.key, ca=tls.ca)
@@ -74,9 +121,7 @@ async def serve(config: Config) -> None:
         _make_runtime_dir(config)
         control = await _listen(config.listen, config.control_port, "control_port")
         bulk = await _listen(config.listen, config.bulk_port, "bulk_port")
-        hypervisor = await trio.to_thread.run_sync(
-            lambda: LibvirtHost(config.libvirt.uri, scratch_dir=config.libvirt.scratch_dir)
-        )
+        hypervisor = LibvirtHost(config.libvirt.uri, scratch_dir=config.libvirt.scratch_dir)
         service = AgentService(
             config=config,
             fingerprint=certificate_fingerprint(tls.certificate),
@@ -100,27 +145,57 @@ async def _serve(
     bulk: list[trio.SocketListener],
     context: ssl.SSLContext,
 ) -> None:
-    for error in await service.threads.on_libvirt(service.fences.restore):
-        log.error("a fence could not be taken back", reason=error.sentence)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-            for listener in bulk:
-                nursery.start_soon(_accept_bulk, service, listener, context)
-            answer = partial(serve_control, host=service.config.name, map_error=_mapped)
-            await nursery.start(answer, control, context, service.handle)
-            log.info("ready", host=service.config.name, software=SOFTWARE, libvirt=service.config.libvirt.uri)
-            notify("READY=1")
-            async for number in signals:
-                log.info("stopping", signal=signal.Signals(number).name)
-                notify("STOPPING=1")
-                nursery.cancel_scope.cancel()
-                break
+    # The locks of every fence first, and with libvirt or without: this host may be starting its VMs at this moment.
+    told = await _mend(service, service.fences.restore, frozenset())
+    async with trio.open_nursery() as nursery:
+        for listener in bulk:
+            nursery.start_soon(_accept_bulk, service, listener, context)
+        nursery.start_soon(_look_at_libvirt, service)
+        nursery.start_soon(_keep_promises, service, told)
+        answer = partial(serve_control, host=service.config.name, map_error=_mapped)
+        await nursery.start(answer, control, context, service.handle)
+        log.info("ready", host=service.config.name, software=SOFTWARE, libvirt=service.config.libvirt.uri)
+        notify("READY=1")
+
+
+async def _look_at_libvirt(service: AgentService) -> None:
+    """An agent without libvirt holds its fences and answers; that it can do no more is said once, here."""
+    try:
+        await service.threads.on_libvirt(service.hypervisor.facts)
+    except HypervisorError as error:
+        log.warning("libvirt cannot be reached; requests fail until it can", reason=error.sentence)
+
+
+async def _keep_promises(service: AgentService, told: frozenset[str]) -> None:
+    """Storage or libvirt may come up after the agent, an image may be replaced under its lock: what a fence is missing
+    is taken, and what a killed agent left open is closed, as soon as it can be."""
+
+    def keep() -> tuple[AgentError, ...]:
+        return (*service.fences.mend(), *service.views.close_orphans())
+
+    while True:
+        told = await _mend(service, keep, told)
+        await trio.sleep(MEND_EVERY_S)
+
+
+async def _mend(
+    service: AgentService, mend: Callable[[], tuple[AgentError, ...]], told: frozenset[str]
+) -> frozenset[str]:
+    """Say what cannot be brought about, once for as long as it is so."""
+    missing = frozenset(error.sentence for error in await service.threads.on_libvirt(mend))
+    for sentence in sorted(missing - told):
+        log.error("a fence or a view is not as it should be", reason=sentence)
+    if told and not missing:
+        log.info("fences and views are as they should be")
+    return missing
 
 
 def _mapped(error: Exception) -> Failure | None:
     failure = failure_of(error)
     if failure is None:
         log.error("a request failed in a way nobody foresaw", exc_info=error)
+    elif isinstance(error, Unforeseen):
+        log.error("a pass failed in a way nobody foresaw", exc_info=error)
     else:
         log.warning("request failed", code=failure.code, reason=failure.sentence)
     return failure
@@ -129,20 +204,28 @@ def _mapped(error: Exception) -> Failure | None:
 async def _accept_bulk(service: AgentService, listener: trio.SocketListener, context: ssl.SSLContext) -> None:
     """Take bulk connections; each handshake in a thread of its own, so that a slow peer delays nobody."""
     arriving = trio.CapacityLimiter(MAX_ARRIVING)
+    room = trio.Semaphore(MAX_ARRIVING)
 
     async def one(raw: socket.socket) -> None:
         try:
-            connection, hello = await trio.to_thread.run_sync(lambda: accept_bulk(raw, context), limiter=arriving)
+            connection, hello = await service.threads.connecting(
+                lambda: accept_bulk(raw, context), lambda made: made[0].close(), arriving
+            )
+            await service.passes.arrive(connection, hello)
         except ProtocolError as error:
             log.warning("bulk connection refused", code=error.code, reason=error.sentence)
-            return
-        await service.passes.arrive(connection, hello)
+        except Exception:  # whatever a stranger makes us stumble over must not end the agent
+            log.exception("a bulk connection failed in a way nobody foresaw")
+        finally:
+            room.release()
 
     async with trio.open_nursery() as nursery:
         while True:
+            await room.acquire()
             try:
                 stream = await listener.accept()
             except OSError as error:
+                room.release()
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED):
                     raise
                 log.error("a bulk connection could not be accepted", reason=os.strerror(error.errno))
@@ -162,33 +245,51 @@ async def _listen(address: str, port: int, key: str) -> list[trio.SocketListener
 
 
 def _make_runtime_dir(config: Config) -> None:
+    if len(os.fsencode(config.runtime_dir.absolute())) + SOCKET_NAME_BYTES > 107:
+        raise StartError(
+            f"the runtime folder {config.runtime_dir} has too long a path for sockets in it; set runtime_dir to a "
+            f"path of {107 - SOCKET_NAME_BYTES} bytes at most"
+        )
     try:
         config.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Sockets of an agent that was killed; the processes behind them died with it.
         for stale in config.runtime_dir.glob("nbd-*"):
             stale.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=config.runtime_dir):
+            pass  # made by somebody else, it may be ours to see and not to use
     except OSError as error:
         raise StartError(
-            f"the runtime folder {config.runtime_dir} cannot be made: {error.strerror}; set runtime_dir to another"
+            f"the runtime folder {config.runtime_dir} cannot be used: {error.strerror}; "
+            "make it writable or set runtime_dir to another"
         ) from error
 
 
 def _set_up_logging() -> None:
-    """Lines a person can read on a terminal, one JSON object a line elsewhere (systemd's journal, a file)."""
-    renderer = (
-        structlog.dev.ConsoleRenderer(colors=True) if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    )
+    """Lines a person can read on a terminal, one JSON object a line elsewhere (systemd's journal, a file); what
+    `protocol` logs through the standard library looks the same."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer(colors=True)
+    else:
+        shared.append(structlog.processors.format_exc_info)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
+        processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

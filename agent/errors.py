@@ -55,6 +55,12 @@ class HypervisorError(AgentError):
     code = "hypervisor"
 
 
+class HypervisorUnreachable(HypervisorError):
+    """There is no connection to libvirt, or it was lost in the middle of a call, whose outcome is unknown then."""
+
+    code = "hypervisor-unreachable"
+
+
 class NoSuchDomain(HypervisorError):
     """No domain of that name or UUID is known to this host's libvirt."""
 

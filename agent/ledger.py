@@ -11,9 +11,11 @@ import enum
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import cattrs
 
@@ -74,6 +76,9 @@ class ConditionRecord:
     view: str | None = None
 
 
+R = TypeVar("R", FenceRecord, ConditionRecord)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectedImage:
     """One disk of a protective snapshot of ours."""
@@ -95,6 +100,15 @@ class ProtectionRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ViewRecord:
+    """A view of a running VM that is open, or about to be: it must not outlive the agent that reads it, for the guest
+    pays for it with every write."""
+
+    vm_uuid: str
+    view: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
     """The highest fencing epoch seen for a pair."""
 
@@ -111,15 +125,18 @@ class Contents:
     fences: tuple[FenceRecord, ...] = ()
     conditions: tuple[ConditionRecord, ...] = ()
     protections: tuple[ProtectionRecord, ...] = ()
+    views: tuple[ViewRecord, ...] = ()
 
 
 @dataclass
 class Ledger:
-    """The ledger of one agent. Calls come one at a time (the agent's own lock sees to it) and block for an fsync."""
+    """The ledger of one agent. Its methods block for an fsync and may be called from several threads: pairs are worked
+    on side by side, and what one writes must not undo what another wrote."""
 
     folder: Path
     _contents: Contents = field(default_factory=Contents)
     _lock_fd: int = -1
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, folder: Path) -> Ledger:
@@ -200,18 +217,29 @@ class Ledger:
             ) from error
         self._contents = contents
 
+    def _change(self, change: Callable[[Contents], Contents]) -> None:
+        """Make `change`'s result durable; no write where it changes nothing."""
+        with self._turn:
+            contents = change(self._contents)
+            if contents != self._contents:
+                self._write(contents)
+
     # --- epochs ---------------------------------------------------------------------------------------------------
 
     def epoch(self, pair: str) -> int:
         """The highest epoch seen for the pair, 0 when none was."""
-        return next((record.epoch for record in self._contents.epochs if record.pair == pair), 0)
+        return _epoch(self._contents, pair)
 
     def raise_epoch(self, pair: str, epoch: int) -> None:
         """Remember a higher epoch; a lower or equal one changes nothing."""
-        if epoch <= self.epoch(pair):
-            return
-        kept = tuple(record for record in self._contents.epochs if record.pair != pair)
-        self._write(replace(self._contents, epochs=(*kept, EpochRecord(pair=pair, epoch=epoch))))
+
+        def change(old: Contents) -> Contents:
+            if epoch <= _epoch(old, pair):
+                return old
+            kept = tuple(record for record in old.epochs if record.pair != pair)
+            return replace(old, epochs=(*kept, EpochRecord(pair=pair, epoch=epoch)))
+
+        self._change(change)
 
     # --- records by VM --------------------------------------------------------------------------------------------
 
@@ -221,14 +249,11 @@ class Ledger:
 
     def put_fence(self, fence: FenceRecord) -> None:
         """Add the fence, or replace the one on the same VM."""
-        kept = tuple(record for record in self._contents.fences if record.vm_uuid != fence.vm_uuid)
-        self._write(replace(self._contents, fences=(*kept, fence)))
+        self._change(lambda old: replace(old, fences=(*_without(old.fences, fence.vm_uuid), fence)))
 
     def drop_fence(self, vm_uuid: str) -> None:
         """Forget the fence on that VM."""
-        kept = tuple(record for record in self._contents.fences if record.vm_uuid != vm_uuid)
-        if kept != self._contents.fences:
-            self._write(replace(self._contents, fences=kept))
+        self._change(lambda old: replace(old, fences=_without(old.fences, vm_uuid)))
 
     def condition(self, vm_uuid: str) -> ConditionRecord | None:
         """The flag of that VM's disks; None when nothing was ever written to them by us."""
@@ -238,8 +263,7 @@ class Ledger:
         """Set the flag of a VM's disks; no write when it says so already."""
         if self.condition(record.vm_uuid) == record:
             return
-        kept = tuple(old for old in self._contents.conditions if old.vm_uuid != record.vm_uuid)
-        self._write(replace(self._contents, conditions=(*kept, record)))
+        self._change(lambda old: replace(old, conditions=(*_without(old.conditions, record.vm_uuid), record)))
 
     def protection(self, vm_uuid: str, snapshot: str) -> ProtectionRecord | None:
         """The record of that protective snapshot."""
@@ -247,14 +271,21 @@ class Ledger:
 
     def put_protection(self, record: ProtectionRecord) -> None:
         """Add or replace the record of a protective snapshot."""
-        self._write(replace(self._contents, protections=(*self._others(record.vm_uuid, record.snapshot), record)))
+        self._change(
+            lambda old: replace(old, protections=(*_others(old.protections, record.vm_uuid, record.snapshot), record))
+        )
 
     def drop_protection(self, vm_uuid: str, snapshot: str) -> None:
         """Forget a protective snapshot."""
-        self._write(replace(self._contents, protections=self._others(vm_uuid, snapshot)))
+        self._change(lambda old: replace(old, protections=_others(old.protections, vm_uuid, snapshot)))
 
-    def _others(self, vm_uuid: str, snapshot: str) -> tuple[ProtectionRecord, ...]:
-        return tuple(r for r in self._contents.protections if (r.vm_uuid, r.snapshot) != (vm_uuid, snapshot))
+    def put_view(self, record: ViewRecord) -> None:
+        """Remember a view that is about to be opened."""
+        self._change(lambda old: replace(old, views=(*(v for v in old.views if v != record), record)))
+
+    def drop_view(self, record: ViewRecord) -> None:
+        """Forget a view that is closed."""
+        self._change(lambda old: replace(old, views=tuple(v for v in old.views if v != record)))
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -262,6 +293,18 @@ class Ledger:
             with contextlib.suppress(OSError):
                 os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def _epoch(contents: Contents, pair: str) -> int:
+    return next((record.epoch for record in contents.epochs if record.pair == pair), 0)
+
+
+def _without(records: tuple[R, ...], vm_uuid: str) -> tuple[R, ...]:
+    return tuple(record for record in records if record.vm_uuid != vm_uuid)
+
+
+def _others(records: tuple[ProtectionRecord, ...], vm_uuid: str, snapshot: str) -> tuple[ProtectionRecord, ...]:
+    return tuple(r for r in records if (r.vm_uuid, r.snapshot) != (vm_uuid, snapshot))
 
 
 def _converter() -> cattrs.Converter:

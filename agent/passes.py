@@ -6,8 +6,9 @@ certificate and names a granted disk, once, is let in; everything else is closed
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -29,31 +30,46 @@ from protocol.messages import (
     GrantedDisk,
     Order,
     PassProgress,
+    PassVerified,
 )
 
 WINDOW_BYTES = 32 << 20
 """Block data that may be unacknowledged on one connection: fills a 25 Gbit/s link over 10 ms."""
 AHEAD_BYTES = 512 << 20
 """Disk that may be asked for ahead of the answers: at 100 ms round trip, enough for 5 GB/s."""
+DISKS_AT_ONCE = 8
+"""Disks of one pass that are worked on side by side, the rest in their turn: each costs the source four batches of
+memory, the target a window and as much again."""
 BATCH_BYTES = 8 << 20
 """Data of one batch: large requests for storage, few thread hops, four buffers of it for each disk."""
 PROGRESS_EVERY_S = 0.5
 ARRIVAL_TIMEOUT_S = 120.0
-"""How long a receiving pass waits for the source agent to open its disks and connect."""
+"""How long a receiving pass waits for the source agent to connect when it works on no disk."""
 
 Progress = Callable[[PassProgress], Awaitable[None]]
 
 
 @dataclass(eq=False)
 class Session:
-    """One granted pass on this agent."""
+    """One granted pass on this agent.
+
+    Attributes:
+        claimed: somebody runs the pass, or ran it: a grant is good for one.
+        scope: cancelling it ends the pass, also one that is only about to begin.
+        ended: nothing of the claimed pass runs any more.
+        working: disks whose connection has arrived and that are not through.
+        idle_since: when the last of those ended, in trio's time.
+    """
 
     order: Order
     grant: Grant
     arrivals: dict[str, trio.MemorySendChannel[tuple[BulkSocket, BulkHello]]] = field(default_factory=dict)
     waiting: dict[str, trio.MemoryReceiveChannel[tuple[BulkSocket, BulkHello]]] = field(default_factory=dict)
-    scope: trio.CancelScope | None = None
+    claimed: bool = False
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
+    working: int = 0
+    idle_since: float = 0.0
 
     def __post_init__(self) -> None:
         if self.grant.direction is Direction.RECEIVE:
@@ -84,27 +100,63 @@ class PassDesk:
         self._sessions[order.pair] = Session(order, grant)
 
     async def end(self, pair: str) -> None:
-        """End the pair's pass and forget its grant; returns when nothing of it runs any more."""
-        session = self._sessions.pop(pair, None)
+        """End the pair's pass and forget its grant; returns when nothing of it runs any more.
+
+        Cancelled itself, it leaves the session where the next order finds it and waits for it again.
+        """
+        session = self._sessions.get(pair)
         if session is None:
             return
-        if session.scope is not None:
-            session.scope.cancel()
+        session.scope.cancel()
+        if session.claimed:
             await session.ended.wait()
-        session.close()
+        self._forget(session)
 
-    def session(self, order: Order, grant_id: str) -> Session:
-        """The session of that grant.
+    async def end_all(self) -> None:
+        """End every pass."""
+        for pair in tuple(self._sessions):
+            await self.end(pair)
+
+    def is_running(self, pair: str) -> bool:
+        """Whether a pass of the pair runs here."""
+        session = self._sessions.get(pair)
+        return session is not None and session.claimed
+
+    def claim(self, order: Order, grant_id: str) -> Session:
+        """The session of that grant, for the caller to run (`running`) without a moment's delay; nobody else gets it.
 
         Raises:
-            Forbidden: there is none under that order, or its pass ran already.
+            Forbidden: there is none under that order, or its pass runs or ran already.
         """
         session = self._sessions.get(order.pair)
-        if session is None or not secrets.compare_digest(session.grant.grant, grant_id) or session.order != order:
+        if session is None or not _equal(session.grant.grant, grant_id) or session.order != order:
             raise Forbidden(f"no pass of the pair {order.pair} is granted under that number: grant it first")
-        if session.scope is not None:
-            raise Forbidden(f"the granted pass of the pair {order.pair} ran already: grant a new one")
+        if session.claimed:
+            raise Forbidden(f"the granted pass of the pair {order.pair} runs already: grant a new one")
+        session.claimed = True
         return session
+
+    @contextlib.contextmanager
+    def running(self, session: Session) -> Iterator[None]:
+        """Everything a claimed pass does, its preparations and its clearing up included, happens inside.
+
+        Raises:
+            PassEnded: `end` was called meanwhile.
+        """
+        try:
+            with session.scope:
+                yield
+        finally:
+            self._forget(session)
+            session.ended.set()
+        if session.scope.cancelled_caught:
+            raise PassEnded(f"the pass of the pair {session.order.pair} was ended by a newer order")
+
+    def _forget(self, session: Session) -> None:
+        """The grant is used up: whoever still comes for it is refused."""
+        if self._sessions.get(session.order.pair) is session:
+            del self._sessions[session.order.pair]
+        session.close()
 
     # --- arriving connections ---------------------------------------------------------------------------------------
 
@@ -112,7 +164,7 @@ class PassDesk:
         """Hand a fresh bulk connection to the pass it was granted for, or refuse it."""
         for session in self._sessions.values():
             channel = session.arrivals.get(hello.target)
-            if channel is None or not secrets.compare_digest(session.grant.grant, hello.grant):
+            if channel is None or not _equal(session.grant.grant, hello.grant):
                 continue
             if connection.peer.fingerprint != session.grant.peer_fingerprint:
                 break
@@ -136,14 +188,11 @@ class PassDesk:
     ) -> tuple[DiskReport, ...]:
         """Carry out a granted RECEIVE pass on opened targets, by target name."""
 
+        session.idle_since = trio.current_time()
+
         async def one(granted: GrantedDisk, meter: Meter) -> None:
-            with trio.move_on_after(ARRIVAL_TIMEOUT_S) as patience:
-                connection, hello = await session.waiting[granted.target].receive()
-            if patience.cancelled_caught:
-                raise SyncError(
-                    f"the source agent did not connect for disk {granted.target} within {ARRIVAL_TIMEOUT_S:.0f} s: "
-                    "check that it reaches this host's bulk port"
-                )
+            connection, hello = await _arrival(session, granted.target)
+            session.working += 1
             try:
                 await self.threads.on_network(
                     lambda: connection.welcome(window_bytes=WINDOW_BYTES, ahead_bytes=AHEAD_BYTES)
@@ -159,7 +208,9 @@ class PassDesk:
                     meter=meter,
                 ).run()
             finally:
-                connection.close()
+                session.working -= 1
+                session.idle_since = trio.current_time()
+                await self._hang_up(connection)
 
         return await self._all(session, one, progress)
 
@@ -173,21 +224,11 @@ class PassDesk:
         """Carry out a granted SEND pass from opened views. `connect` (blocking) opens the connection for one disk with
         that digest seed and returns it with the `ahead_bytes` its welcome granted."""
 
+        at_once = trio.CapacityLimiter(DISKS_AT_ONCE)
+
         async def one(granted: GrantedDisk, meter: Meter) -> None:
-            seed = secrets.randbits(64)
-            connection, ahead_bytes = await self.threads.on_network(lambda: connect(granted, seed))
-            try:
-                verified = await SourcePass(
-                    disk=disks[granted.target],
-                    size_bytes=granted.source_size_bytes,
-                    talk=Conversation(granted.target, connection, self.threads),
-                    seed=seed,
-                    ahead_bytes=ahead_bytes,
-                    batch_bytes=BATCH_BYTES,
-                    meter=meter,
-                ).run()
-            finally:
-                connection.close()
+            async with at_once:
+                verified = await self._send_disk(granted, disks[granted.target], meter, connect)
             if verified.verified_bytes < meter.changed_bytes:
                 raise PeerViolation(
                     f"the target verified {verified.verified_bytes} bytes of disk {granted.target} "
@@ -198,6 +239,35 @@ class PassDesk:
             meter.past_cache = verified.past_cache
 
         return await self._all(session, one, progress)
+
+    async def _send_disk(
+        self,
+        granted: GrantedDisk,
+        disk: Disk,
+        meter: Meter,
+        connect: Callable[[GrantedDisk, int], tuple[BulkSocket, int]],
+    ) -> PassVerified:
+        seed = secrets.randbits(64)
+        connection, ahead_bytes = await self.threads.connecting(
+            lambda: connect(granted, seed), lambda made: made[0].close()
+        )
+        try:
+            return await SourcePass(
+                disk=disk,
+                size_bytes=granted.source_size_bytes,
+                talk=Conversation(granted.target, connection, self.threads),
+                seed=seed,
+                ahead_bytes=ahead_bytes,
+                batch_bytes=BATCH_BYTES,
+                meter=meter,
+            ).run()
+        finally:
+            await self._hang_up(connection)
+
+    async def _hang_up(self, connection: BulkSocket) -> None:
+        """Closing waits a moment for the peer to read our last word: not on the thread that serves everybody."""
+        with trio.CancelScope(shield=True):
+            await self.threads.on_network(connection.close)
 
     async def _all(
         self,
@@ -221,22 +291,34 @@ class PassDesk:
                 await trio.sleep(PROGRESS_EVERY_S)
                 await progress(PassProgress(disks=tuple(meter.progress() for meter in meters.values())))
 
-        try:
-            with trio.CancelScope() as scope:
-                session.scope = scope
-                async with trio.open_nursery() as outer:
-                    outer.start_soon(tell)
-                    async with trio.open_nursery() as nursery:
-                        for granted in session.grant.disks:
-                            nursery.start_soon(guarded, granted)
-                    outer.cancel_scope.cancel()
-        finally:
-            session.ended.set()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as outer:
+                outer.start_soon(tell)
+                async with trio.open_nursery() as nursery:
+                    for granted in session.grant.disks:
+                        nursery.start_soon(guarded, granted)
+                outer.cancel_scope.cancel()
         if failures:
             raise failures[0]
-        if scope.cancelled_caught:
-            raise PassEnded(f"the pass of the pair {session.order.pair} was ended by a newer order")
         return tuple(meter.report() for meter in meters.values())
+
+
+async def _arrival(session: Session, target: str) -> tuple[BulkSocket, BulkHello]:
+    """The connection for that disk. The source works on some disks at a time, so the others' turn may come late; but
+    when no disk is being worked on, one must come soon."""
+    while True:
+        with trio.move_on_at(max(trio.current_time(), session.idle_since) + ARRIVAL_TIMEOUT_S):
+            return await session.waiting[target].receive()
+        if not session.working and trio.current_time() >= session.idle_since + ARRIVAL_TIMEOUT_S:
+            raise SyncError(
+                f"the source agent did not connect for disk {target} within {ARRIVAL_TIMEOUT_S:.0f} s: "
+                "check that it reaches this host's bulk port"
+            )
+
+
+def _equal(ours: str, theirs: str) -> bool:
+    """Whether two grants are the same, in a time that tells nothing about them."""
+    return secrets.compare_digest(ours.encode(), theirs.encode())
 
 
 class PassEnded(AgentError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from agent.disk.open import open_target
 from agent.disk.seam import Disk
-from agent.errors import SyncError
+from agent.errors import DiskError, SyncError
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
 from agent.passes import PassDesk, Progress, Session
@@ -19,6 +19,12 @@ from agent.sources import ViewDesk
 from agent.threads import Threads
 from protocol.bulk import BulkSocket, connect_bulk
 from protocol.messages import Direction, DiskReport, GrantedDisk, PassReport, RunPass
+
+
+class ViewLost(SyncError):
+    """The running VM whose view was being read has stopped."""
+
+    code = "view-lost"
 
 
 @dataclass
@@ -31,39 +37,76 @@ class PassRunner:
     threads: Threads
     client_context: ssl.SSLContext
     runtime_dir: Path
+    _verified: dict[str, str] = field(default_factory=dict)
 
     async def run(self, request: RunPass, session: Session, progress: Progress) -> PassReport:
-        """Run the pass of `session` to its end.
+        """Run the pass of the claimed `session` to its end.
 
         Raises:
             AgentError, ProtocolError: the pass is not complete.
         """
         started = trio.current_time()
-        if session.grant.direction is Direction.SEND:
-            disks = self.views.disks(session.grant.vm_uuid, session.grant.view)
-            self._check_sizes(session, disks, {d.target: d.source_size_bytes for d in session.grant.disks})
-            reports = await self.passes.send(session, disks, self._connector(request, session), progress)
-        else:
-            reports = await self._receive(session, progress)
+        with self.passes.running(session):
+            if session.grant.direction is Direction.SEND:
+                reports = await self._send(request, session, progress)
+            else:
+                reports = await self._receive(session, progress)
         return PassReport(view=session.grant.view, elapsed_s=trio.current_time() - started, disks=reports)
 
+    def has_verified(self, vm_uuid: str, view: str) -> bool:
+        """Whether the last pass this process received for that VM is complete and made its disks equal that view."""
+        return self._verified.get(vm_uuid) == view
+
+    async def _send(self, request: RunPass, session: Session, progress: Progress) -> tuple[DiskReport, ...]:
+        grant = session.grant
+        disks = self.views.disks(grant.vm_uuid, grant.view)
+        self._check_sizes(session, disks, {d.target: d.source_size_bytes for d in grant.disks})
+        try:
+            return await self.passes.send(session, disks, self._connector(request, session), progress)
+        except DiskError as error:
+            # A view dies with its VM, and then the storage is not to blame.
+            if await self.threads.on_libvirt(lambda: self.views.has_died(grant.vm_uuid, grant.view)):
+                raise ViewLost(
+                    f"the VM {grant.vm_uuid} stopped in the middle of the pass, and the view {grant.view} with it: "
+                    "find out why, then resume or cancel",
+                    vm=grant.vm_uuid,
+                ) from error
+            raise
+
     async def _receive(self, session: Session, progress: Progress) -> tuple[DiskReport, ...]:
+        uuid = session.grant.vm_uuid
+        self._verified.pop(uuid, None)
         opened: dict[str, Disk] = {}
         try:
             await self.threads.on_disk(lambda: self._open_targets(session, opened))
             self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
-            return await self.passes.receive(session, opened, self._marker(session), progress)
-        finally:
-            with trio.CancelScope(shield=True):
-                for disk in opened.values():
+            reports = await self.passes.receive(session, opened, self._marker(session), progress)
+        except BaseException:
+            await self._close(opened, complain=False)
+            raise
+        await self._close(opened, complain=True)
+        self._verified[uuid] = session.grant.view
+        return reports
+
+    async def _close(self, opened: dict[str, Disk], *, complain: bool) -> None:
+        """Close every disk, whatever the others say; then, if `complain`, raise what the first said."""
+        said: list[DiskError] = []
+        with trio.CancelScope(shield=True):
+            for disk in opened.values():
+                try:
                     await self.threads.on_disk(disk.close)
+                except DiskError as error:
+                    said.append(error)
+        if said and complain:
+            raise said[0]
 
     def _open_targets(self, session: Session, opened: dict[str, Disk]) -> None:
         """Open the fenced original's disks for writing, each through the lock that fences it."""
-        fence = self.fences.required(session.grant.vm_uuid, "original")
-        images = {image.target: image for image in fence.images}
+        fence = self.fences.required(session.grant.vm_uuid, "original", session.order.pair)
         for granted in session.grant.disks:
-            image = images.get(granted.target)
+            trio.from_thread.check_cancelled()  # each may take a while
+            # What the VM's disk is now stands first.
+            image = next((image for image in fence.images if image.target == granted.target), None)
             held = None if image is None else self.fences.held(image.path)
             if image is None or held is None:
                 raise SyncError(f"the disk {granted.target} is not covered by the fence of the original: fence it")

@@ -6,7 +6,7 @@ from functools import partial
 
 import trio
 
-from agent.errors import ShutdownTimeout
+from agent.errors import HypervisorError, HypervisorUnreachable, ShutdownTimeout
 from agent.threads import Threads
 from agent.virt.seam import Hypervisor, PowerState
 from protocol.messages import OnTimeout, PoweredOff
@@ -15,6 +15,8 @@ ASK_AGAIN_S = 5.0
 """A guest that is still booting drops the request; asking again costs nothing (libvirt's own tools do the same)."""
 WAIT_SLICE_S = 1.0
 """Waits are cut in slices so that a cancelled order ends soon although no thread is ever abandoned."""
+CANNOT_ANSWER = frozenset({PowerState.PAUSED, PowerState.SUSPENDED, PowerState.CRASHED})
+"""A guest that executes nothing will not power itself off however long it is waited for."""
 
 
 def is_off(state: PowerState) -> bool:
@@ -35,13 +37,15 @@ async def power_off(
     deadline = started + timeout_s
     if is_off(await threads.on_libvirt(lambda: hypervisor.state(uuid))):
         return PoweredOff(was_running=False, forced=False, elapsed_s=0.0)
-    while trio.current_time() < deadline:
-        await threads.on_libvirt(lambda: hypervisor.request_shutdown(uuid))
-        ask_again = min(deadline, trio.current_time() + ASK_AGAIN_S)
-        while (left := ask_again - trio.current_time()) > 0:
-            slice_s = min(left, WAIT_SLICE_S)
-            if await threads.on_libvirt(partial(hypervisor.wait_off, uuid, slice_s)):
-                return PoweredOff(was_running=True, forced=False, elapsed_s=trio.current_time() - started)
+    try:
+        if await _shut_down(hypervisor, threads, uuid, deadline):
+            return PoweredOff(was_running=True, forced=False, elapsed_s=trio.current_time() - started)
+    except HypervisorUnreachable:
+        raise
+    except HypervisorError:
+        state = await threads.on_libvirt(lambda: hypervisor.state(uuid))
+        if on_timeout is OnTimeout.ABORT or state not in CANNOT_ANSWER:
+            raise
     if on_timeout is OnTimeout.ABORT:
         raise ShutdownTimeout(
             f"the VM {uuid} did not power off within {timeout_s:g} s and still runs: "
@@ -50,3 +54,23 @@ async def power_off(
         )
     await threads.on_libvirt(lambda: hypervisor.force_off(uuid, graceful=True))
     return PoweredOff(was_running=True, forced=True, elapsed_s=trio.current_time() - started)
+
+
+async def _shut_down(hypervisor: Hypervisor, threads: Threads, uuid: str, deadline: float) -> bool:
+    """Ask until the guest is off; False at the deadline. A libvirtd that is being restarted takes no guest down and
+    says nothing about one: it is waited for as the guest is."""
+    lost: HypervisorUnreachable | None = None
+    while trio.current_time() < deadline:
+        try:
+            await threads.on_libvirt(lambda: hypervisor.request_shutdown(uuid))
+            ask_again = min(deadline, trio.current_time() + ASK_AGAIN_S)
+            while (left := ask_again - trio.current_time()) > 0:
+                if await threads.on_libvirt(partial(hypervisor.wait_off, uuid, min(left, WAIT_SLICE_S))):
+                    return True
+                lost = None
+        except HypervisorUnreachable as error:
+            lost = error
+            await trio.sleep(min(WAIT_SLICE_S, max(0.0, deadline - trio.current_time())))
+    if lost is not None:
+        raise lost
+    return False

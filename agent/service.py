@@ -14,26 +14,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 
-import trio
+import structlog
 
 from agent import describe, power
+from agent.authority import Authority
 from agent.config import Config
 from agent.disk.lock import image_in_use
-from agent.errors import AgentError, Forbidden, StaleEpoch
-from agent.fences import Fenced, FenceKeeper
+from agent.errors import AgentError, Forbidden, HypervisorError
+from agent.fences import Fenced, FenceKeeper, Torn
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
 from agent.sources import ViewDesk
 from agent.threads import Threads
-from agent.virt.seam import Domain, Hypervisor, Overlay
+from agent.virt.seam import Domain, Hypervisor, Overlay, PowerState
 from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
 from protocol.messages import (
     AllowPass,
     AskPower,
     CloseView,
-    Condition,
     DescribeHost,
     Done,
     Failure,
@@ -43,7 +43,7 @@ from protocol.messages import (
     InspectVm,
     LiftFence,
     OpenView,
-    Order,
+    OrderRequest,
     Ping,
     Pong,
     PowerAnswer,
@@ -65,9 +65,14 @@ from protocol.messages import (
 )
 from protocol.tls import PeerIdentity
 
+log = structlog.get_logger("failback.agent")
+
 SOFTWARE = f"failback {version('failback')}"
 TOOLS = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils"}
 """Programs the agent runs, and the Debian package of each."""
+
+ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, Protect, Unprotect)
+"""Orders that take away what a pass works on, or let a VM loose on it: nothing of it may still run by then."""
 
 
 @dataclass
@@ -88,7 +93,7 @@ class AgentService:
         self.runner = PassRunner(
             self.passes, self.views, self.fences, self.threads, self.client_context, self.config.runtime_dir
         )
-        self._pair_locks: dict[str, trio.Lock] = {}
+        self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
     async def handle(self, request: Request, peer: PeerIdentity, progress: ProgressSink) -> Reply:
         """Answer one request.
@@ -105,13 +110,22 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
-            case RunPass():
-                async with self._authorised(request.order):
-                    session = self.passes.session(request.order, request.grant)
-                return await self.runner.run(request, session, progress)
             case _:
-                async with self._authorised(request.order):
-                    return await self._obey(request)
+                # Each request is a task of its own: whatever is logged in it from here on says whose it is.
+                structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
+                reply = await self._carry_out(request, progress)
+                log.info("order carried out", order=type(request).__name__)
+                return reply
+
+    async def _carry_out(self, request: OrderRequest, progress: ProgressSink) -> Reply:
+        if isinstance(request, RunPass):
+            async with self.authority.of(request.order):
+                session = self.passes.claim(request.order, request.grant)
+            return await self.runner.run(request, session, progress)
+        async with self.authority.of(request.order):
+            if isinstance(request, ENDS_THE_PASS):
+                await self.passes.end(request.order.pair)
+            return await self._obey(request)
 
     async def _obey(self, request: Request) -> Reply:
         """Carry out an order whose authority has been checked."""
@@ -123,15 +137,12 @@ class AgentService:
             case FenceVm():
                 return await self._fence(request)
             case LiftFence():
-                lift = partial(self.fences.lift, request.vm_uuid, restore_autostart=request.restore_autostart)
-                await self._blocking(partial(lift, autostart=request.autostart))
-                return Done()
+                return await self._lift(request)
             case SetCondition():
                 return await self._set_condition(request)
             case OpenView():
                 return await self._open_view(request)
             case CloseView():
-                await self.passes.end(request.order.pair)
                 await self._blocking(lambda: self.views.close(request.vm_uuid, request.view))
                 return Done()
             case Protect():
@@ -144,40 +155,14 @@ class AgentService:
             case _:
                 raise Forbidden(f"this agent does not take the order {type(request).__name__}")
 
-    # --- authority ------------------------------------------------------------------------------------------------
-
-    def _authorised(self, order: Order) -> _Authority:
-        return _Authority(self, order)
-
-    async def admit(self, order: Order) -> None:
-        """Check the order's epoch against the highest seen, and make a higher one the new highest.
-
-        Raises:
-            StaleEpoch: another coordinator took the pair over.
-        """
-        seen = self.ledger.epoch(order.pair)
-        if order.epoch < seen:
-            raise StaleEpoch(
-                f"the order for the pair {order.pair} comes under epoch {order.epoch}, but epoch {seen} has taken over "
-                f"on {self.config.name}: end this process, the newer one is in charge",
-                seen=seen,
-            )
-        if order.epoch > seen:
-            await self.passes.end(order.pair)
-            await self._blocking(lambda: self.ledger.raise_epoch(order.pair, order.epoch))
-
-    def pair_lock(self, pair: str) -> trio.Lock:
-        """Orders of one pair take turns."""
-        return self._pair_locks.setdefault(pair, trio.Lock())
-
     async def _blocking(self, call: Callable[[], object]) -> None:
         await self.threads.on_libvirt(call)
 
     async def stop(self) -> None:
         """End passes and views and let go of the locks; durable fences stay and are taken again at the next start."""
-        for pair in tuple(self._pair_locks):
-            await self.passes.end(pair)
-        await self._blocking(self.views.close_all)
+        await self.passes.end_all()
+        for error in await self.threads.on_libvirt(self.views.close_all):
+            log.error("a view could not be closed", reason=error.sentence)
         self.fences.close()
 
     # --- questions ------------------------------------------------------------------------------------------------
@@ -196,9 +181,12 @@ class AgentService:
         )
 
     async def _inspect(self, name_or_uuid: str) -> VmDescription:
-        uuid = await self.threads.on_libvirt(lambda: self.hypervisor.find(name_or_uuid))
-        domain = await self.threads.on_libvirt(lambda: self.hypervisor.inspect(uuid))
-        return describe.vm(domain, job_is_ours=self.views.is_open(uuid), fence=self._fence_description(uuid))
+        def inspect() -> VmDescription:
+            uuid = self.hypervisor.find(name_or_uuid)
+            domain = self.hypervisor.inspect(uuid)
+            return describe.vm(domain, job_is_ours=self.views.is_open(uuid), fence=self._fence_description(uuid))
+
+        return await self.threads.on_libvirt(inspect)
 
     def _fence_description(self, uuid: str) -> FenceDescription | None:
         record = self.fences.fence_of(uuid)
@@ -217,12 +205,26 @@ class AgentService:
         return PowerAnswer(power=describe.power(domain.state), images_free=not holders, holders=holders)
 
     def _holders(self, domain: Domain) -> tuple[str, ...]:
-        """Targets whose top image another process has locked for writing."""
-        return tuple(
-            disk.target
-            for disk in domain.disks
-            if disk.chain and self.fences.held(disk.chain[0].path) is None and image_in_use(disk.chain[0].path)
-        )
+        """Targets whose top image another process has locked for writing.
+
+        Raises:
+            HypervisorError: the VM is off and it cannot be told, for an image cannot be found or read.
+        """
+        busy: list[str] = []
+        for disk in domain.disks:
+            if not disk.chain:
+                if disk.problem is not None and domain.state is PowerState.OFF:
+                    raise HypervisorError(
+                        f"whether anything uses the disk {disk.target} of the VM {domain.name} cannot be told: "
+                        f"{disk.problem}",
+                        vm=domain.name,
+                    )
+                continue
+            path = disk.chain[0].path
+            held = self.fences.held(path)
+            if image_in_use(path, () if held is None else (held,)):
+                busy.append(disk.target)
+        return tuple(busy)
 
     # --- power ----------------------------------------------------------------------------------------------------
 
@@ -238,46 +240,72 @@ class AgentService:
             raise Fenced(f"the VM {uuid} is fenced for the pair {fence.pair} as its {fence.side} and must not start")
         if self.fences.condition(uuid) is DiskCondition.TORN:
             raise Fenced(f"the disks of the VM {uuid} are torn and must not boot")
-        await self._blocking(lambda: self.hypervisor.power_on(uuid))
-        # From here on its own guest writes: the disks are whole, but equal no view any more.
-        if self.ledger.condition(uuid) is not None:
-            record = ConditionRecord(vm_uuid=uuid, condition=DiskCondition.INTACT)
-            await self._blocking(lambda: self.ledger.put_condition(record))
+
+        def power_on() -> None:
+            # Its own guest is about to write: the disks stay whole, but equal no view any more. Written down before,
+            # for we may die right after.
+            if self.ledger.condition(uuid) is not None:
+                self.ledger.put_condition(ConditionRecord(vm_uuid=uuid, condition=DiskCondition.INTACT))
+            self.hypervisor.power_on(uuid)
+
+        await self._blocking(power_on)
         return Done()
 
     # --- fences, snapshots, views ---------------------------------------------------------------------------------
 
     async def _fence(self, request: FenceVm) -> FenceDescription:
         order = request.order
-        await self._blocking(
-            lambda: self.fences.fence(
+
+        def fence() -> FenceDescription | None:
+            self.fences.fence(
                 request.vm_uuid, pair=order.pair, run=order.run, side=request.side.value, targets=request.targets
             )
-        )
-        description = self._fence_description(request.vm_uuid)
+            return self._fence_description(request.vm_uuid)
+
+        description = await self.threads.on_libvirt(fence)
         assert description is not None  # it was made a line above, under the pair's lock
         return description
 
+    async def _lift(self, request: LiftFence) -> Done:
+        lift = partial(self.fences.lift, request.vm_uuid, pair=request.order.pair)
+        await self._blocking(partial(lift, restore_autostart=request.restore_autostart, autostart=request.autostart))
+        return Done()
+
     async def _set_condition(self, request: SetCondition) -> Done:
-        self.fences.required(request.vm_uuid, Side.ORIGINAL.value)
-        record = ConditionRecord(
-            vm_uuid=request.vm_uuid,
-            condition=DiskCondition(request.condition.value),
-            view=request.view if request.condition is Condition.EQUALS_VIEW else None,
-        )
-        await self._blocking(lambda: self.ledger.put_condition(record))
+        uuid, condition = request.vm_uuid, DiskCondition(request.condition.value)
+        view = request.view if condition is DiskCondition.EQUALS_VIEW else None
+        record = ConditionRecord(vm_uuid=uuid, condition=condition, view=view)
+        if condition is not DiskCondition.TORN and self.passes.is_running(request.order.pair):
+            raise Torn(f"a pass of the pair {request.order.pair} is still writing: let it end first")
+
+        def put() -> None:
+            self.fences.required(uuid, Side.ORIGINAL.value, request.order.pair)
+            known = self.ledger.condition(uuid)
+            # The coordinator decides, but nobody calls a disk whole that this agent knows to be half-written.
+            if condition is DiskCondition.INTACT and known is not None and known.condition is DiskCondition.TORN:
+                raise Torn(f"the disks of {uuid} are torn: only a pass that is verified makes them whole")
+            if view is not None and known != record and not self.runner.has_verified(uuid, view):
+                raise Torn(
+                    f"no pass of this agent has verified the disks of {uuid} against the view {view}: run it again"
+                )
+            self.ledger.put_condition(record)
+
+        await self._blocking(put)
         return Done()
 
     async def _open_view(self, request: OpenView) -> ViewOpened:
-        opened = await self.threads.on_libvirt(lambda: self.views.open(request.vm_uuid, request.targets, request.view))
+        pair = request.order.pair
+        opened = await self.threads.on_libvirt(
+            lambda: self.views.open(pair, request.vm_uuid, request.targets, request.view)
+        )
         sizes = tuple(TargetSize(target=target, size_bytes=size) for target, size in opened.sizes.items())
         return ViewOpened(view=request.view, live=opened.live, disks=sizes)
 
     async def _protect(self, request: Protect) -> Protected:
         uuid, snapshot = request.vm_uuid, request.snapshot
-        self.fences.required(uuid, Side.REPLICA.value)
 
         def protect() -> tuple[Overlay, ...]:
+            self.fences.required(uuid, Side.REPLICA.value, request.order.pair)
             text = f"made by failback for the pair {request.order.pair}, run {request.order.run}"
             overlays = self.hypervisor.protect(uuid, request.targets, snapshot, text)
             self.ledger.put_protection(
@@ -291,7 +319,7 @@ class AgentService:
                     ),
                 )
             )
-            self.fences.cover(uuid, overlays)
+            self.fences.refresh(uuid)
             return overlays
 
         overlays = await self.threads.on_libvirt(protect)
@@ -311,34 +339,15 @@ class AgentService:
             # down. The hypervisor then finds the overlays by the snapshot's own metadata.
             record = self.ledger.protection(uuid, snapshot)
             images = () if record is None else record.images
-            self.fences.uncover(uuid, [image.overlay for image in images])
             overlays = [
                 Overlay(target=i.target, base=i.base, base_format=i.base_format, overlay=i.overlay) for i in images
             ]
             self.hypervisor.unprotect(uuid, snapshot, overlays)
+            self.fences.refresh(uuid)
             self.ledger.drop_protection(uuid, snapshot)
 
         await self._blocking(unprotect)
         return Done()
-
-
-class _Authority:
-    """An async context: the pair's turn, with the order's epoch checked."""
-
-    def __init__(self, service: AgentService, order: Order) -> None:
-        self._service, self._order = service, order
-        self._lock = service.pair_lock(order.pair)
-
-    async def __aenter__(self) -> None:
-        await self._lock.acquire()
-        try:
-            await self._service.admit(self._order)
-        except BaseException:
-            self._lock.release()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def failure_of(error: Exception) -> Failure | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ from pathlib import Path
 
 from agent.disk.open import open_source, open_view
 from agent.disk.seam import Disk
-from agent.errors import HypervisorError, SyncError
+from agent.errors import AgentError, DiskError, HypervisorError, NoSuchDomain, SyncError
 from agent.fences import FenceKeeper
-from agent.ledger import LockKind
+from agent.ledger import LockKind, ViewRecord
 from agent.virt.seam import Hypervisor, PowerState
+
+NOTICES_DEATH_WITHIN_S = 2.0
+"""How long libvirt may take to notice that a QEMU whose view broke off has died."""
 
 
 def tag_of(view: str) -> str:
@@ -25,6 +29,7 @@ def tag_of(view: str) -> str:
 class OpenedView:
     """One open view: its disks by target name stay open until it is closed."""
 
+    pair: str
     view: str
     live: bool
     disks: dict[str, Disk] = field(default_factory=dict)
@@ -35,9 +40,10 @@ class OpenedView:
         return {target: disk.size_bytes for target, disk in self.disks.items()}
 
     def close(self) -> None:
-        """Close every disk."""
+        """Close every disk. They were only read: nothing that goes wrong here loses anything."""
         for disk in self.disks.values():
-            disk.close()
+            with contextlib.suppress(DiskError):
+                disk.close()
         self.disks.clear()
 
 
@@ -49,6 +55,21 @@ class ViewDesk:
     fences: FenceKeeper
     runtime_dir: Path
     _open: dict[str, OpenedView] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._ledger = self.fences.ledger
+        self._orphans = list(self._ledger.contents.views)
+
+    def close_orphans(self) -> tuple[AgentError, ...]:
+        """End the views that an agent process before this one was killed over: nobody can read them any more. Returns
+        what went wrong; asked again, it tries again."""
+        failed: list[AgentError] = []
+        for orphan in tuple(self._orphans):
+            try:
+                self.close(orphan.vm_uuid, orphan.view)
+            except AgentError as error:
+                failed.append(error)
+        return tuple(failed)
 
     def is_open(self, vm_uuid: str) -> bool:
         """Whether a live view of that VM is open here, so that its backup job is ours."""
@@ -66,17 +87,35 @@ class ViewDesk:
             raise SyncError(f"the view {view} is not open on this host: open it again")
         return opened.disks
 
-    def open(self, vm_uuid: str, targets: Sequence[str], view: str) -> OpenedView:
-        """Freeze a view: a backup job of a running VM, the fenced images of one that is off.
+    def has_died(self, vm_uuid: str, view: str) -> bool:
+        """Whether that view was served by a running VM that is off by now, or about to be."""
+        opened = self._open.get(vm_uuid)
+        if opened is None or opened.view != view or not opened.live:
+            return False
+        try:
+            return self.hypervisor.wait_off(vm_uuid, NOTICES_DEATH_WITHIN_S)
+        except HypervisorError:
+            return False
+
+    def open(self, pair: str, vm_uuid: str, targets: Sequence[str], view: str) -> OpenedView:
+        """Freeze a view: a backup job of a running VM, the fenced images of one that is off. An older view of the pair
+        is closed first.
 
         Raises:
             AgentError: nothing is left of the attempt.
         """
-        if vm_uuid in self._open:
-            raise HypervisorError(f"a view of the VM {vm_uuid} is open already: close {self._open[vm_uuid].view} first")
-        state = self.hypervisor.state(vm_uuid)
-        live = state is not PowerState.OFF
-        opened = OpenedView(view, live)
+        older = self._open.get(vm_uuid)
+        if older is not None:
+            if older.pair != pair:
+                raise HypervisorError(
+                    f"a view of the VM {vm_uuid} is open for the pair {older.pair}: end that run first"
+                )
+            self.close(vm_uuid, older.view)
+        for orphan in tuple(self._orphans):
+            if orphan.vm_uuid == vm_uuid:
+                self.close(vm_uuid, orphan.view)
+        live = self.hypervisor.state(vm_uuid) is not PowerState.OFF
+        opened = OpenedView(pair, view, live)
         try:
             if live:
                 self._open_live(vm_uuid, targets, opened)
@@ -85,23 +124,27 @@ class ViewDesk:
         except BaseException:
             opened.close()
             if live:
-                self.hypervisor.close_view(vm_uuid, tag_of(view))
+                # What went wrong first is what is told; closing the view again removes what stays now.
+                with contextlib.suppress(AgentError):
+                    self.close(vm_uuid, view)
             raise
         self._open[vm_uuid] = opened
         return opened
 
     def _open_live(self, vm_uuid: str, targets: Sequence[str], opened: OpenedView) -> None:
+        self._ledger.put_view(ViewRecord(vm_uuid=vm_uuid, view=opened.view))
         served = self.hypervisor.open_view(vm_uuid, targets, tag_of(opened.view))
         for target in targets:
             opened.disks[target] = open_view(target, served.socket, served.exports[target])
 
     def _open_closed(self, vm_uuid: str, targets: Sequence[str], opened: OpenedView) -> None:
-        fence = self.fences.required(vm_uuid, "replica")
-        frozen = {image.target: image for image in fence.images if image.kind is LockKind.FROZEN}
+        fence = self.fences.required(vm_uuid, "replica", opened.pair)
         for target in targets:
-            if target not in frozen:
+            # What the VM's disk is now stands first; an overlay of a protective snapshot is not frozen, its base is.
+            frozen = (i for i in fence.images if i.target == target and i.kind is LockKind.FROZEN)
+            image = next(frozen, None)
+            if image is None:
                 raise HypervisorError(f"the disk {target} of the VM {vm_uuid} is not frozen by the fence: fence it")
-            image = frozen[target]
             opened.disks[target] = open_source(target, image.path, image.format, self.runtime_dir)
 
     def close(self, vm_uuid: str, view: str) -> None:
@@ -110,9 +153,19 @@ class ViewDesk:
         if opened is not None and opened.view == view:
             del self._open[vm_uuid]
             opened.close()
-        self.hypervisor.close_view(vm_uuid, tag_of(view))
+        with contextlib.suppress(NoSuchDomain):  # deleted, and the job with it
+            self.hypervisor.close_view(vm_uuid, tag_of(view))
+        record = ViewRecord(vm_uuid=vm_uuid, view=view)
+        self._ledger.drop_view(record)
+        with contextlib.suppress(ValueError):
+            self._orphans.remove(record)
 
-    def close_all(self) -> None:
-        """The agent is stopping: end every view, so that no guest goes on paying for it."""
+    def close_all(self) -> tuple[AgentError, ...]:
+        """The agent is stopping: end every view, so that no guest goes on paying for it; returns what went wrong."""
+        failed: list[AgentError] = []
         for vm_uuid, opened in tuple(self._open.items()):
-            self.close(vm_uuid, opened.view)
+            try:
+                self.close(vm_uuid, opened.view)
+            except AgentError as error:
+                failed.append(error)
+        return tuple(failed)

@@ -46,6 +46,13 @@ class HeldImage:
     exclusive: bool
     _open: bool = field(default=True, repr=False)
 
+    def is_named(self) -> bool:
+        """Whether `path` still leads to the file or device that is locked, and not to another one in its place."""
+        try:
+            return self._open and _same(self.path.stat(), os.fstat(self.fd))
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Let go of the lock; harmless when repeated."""
         if self._open:
@@ -153,7 +160,10 @@ def _locked_by_another(fd: int, byte: int) -> bool:
 
 
 def _same_file(fd: int, other_fd: int) -> bool:
-    one, other = os.fstat(fd), os.fstat(other_fd)
+    return _same(os.fstat(fd), os.fstat(other_fd))
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
     return os.path.samestat(one, other)

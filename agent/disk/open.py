@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from agent.disk.gate import storage_error
 from agent.disk.lock import HeldImage
 from agent.disk.nbd import NbdDisk
 from agent.disk.qemu_nbd import CONNECTIONS, EXPORT, QemuNbd
@@ -61,19 +59,15 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path)
         raise DiskError(
             f"Disk {name}: {held.path} is frozen, not held for writing; fence it as an original first.", disk=name
         )
-    if image_format == "raw":
-        return RawDisk.open(name, held.path, writable=True, fd=held.fd)
-    # qemu-nbd opens by path: what it would write to must be what we locked.
-    try:
-        same = os.path.samestat(held.path.stat(), os.fstat(held.fd))
-    except OSError as error:
-        raise storage_error(name, str(held.path), "opening", error.errno or 0) from error
-    if not same:
+    # qemu-nbd opens by path, and so will the VM: what is written to must be what was locked.
+    if not held.is_named():
         raise DiskError(
             f"Disk {name}: {held.path} is not the file any more that was locked; "
-            "find out who replaced it, then fence the VM again.",
+            "find out who moved or replaced it, then fence the VM again.",
             disk=name,
         )
+    if image_format == "raw":
+        return RawDisk.open(name, held.path, writable=True, fd=held.fd)
     return _served(name, QemuNbd.start(name, held.path, image_format, socket_dir, held=held), writable=True)
 
 

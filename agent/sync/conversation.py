@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
@@ -20,6 +20,10 @@ from protocol.messages import BulkMessage, PassFailed
 
 FAREWELL_TIMEOUT_S = 5.0
 """How long a failing side tries to tell the other why before it just hangs up."""
+HEAR_OUT_S = 1.0
+"""How long a side whose send found the connection gone waits for what the peer may have said before."""
+SENDERS = 8
+"""More than the tasks of either side that send, so that a farewell always finds a thread."""
 
 
 class Wire(Protocol):
@@ -28,11 +32,17 @@ class Wire(Protocol):
     def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
         """Send one message; `BlockData` waits for window."""
 
-    def receive(self) -> tuple[BulkMessage, memoryview]:
-        """Wait for the next message."""
+    def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
+        """Wait for the next message; the peer may be silent for `timeout_s`, by default as long as the wire allows."""
 
     def shutdown(self) -> None:
         """Wake whoever sends or receives with `ConnectionLost`; harmless when repeated."""
+
+
+class Unforeseen(SyncError):
+    """A defect: something was raised that nobody foresaw. The cause is chained to it."""
+
+    code = "internal"
 
 
 class PeerFailed(SyncError):
@@ -43,38 +53,54 @@ class PeerFailed(SyncError):
 
 @dataclass
 class Conversation:
-    """One disk's pass over one connection. `disk_name` is what messages call the disk."""
+    """One disk's pass over one connection. `disk_name` is what messages call the disk.
+
+    Its sends and receives count against limits of its own: senders wait for what a receiver brings, so if all disks
+    took their threads from one pool, enough blocked senders would leave none for the receivers they wait for.
+    """
 
     disk_name: str
     wire: Wire
     threads: Threads
+    _senders: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(SENDERS))
+    _receivers: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
     _failure: AgentError | ProtocolError | None = None
     _finished: bool = False
+    _heard_out: trio.Event = field(default_factory=trio.Event)
 
     async def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
         """Send one message, its payload in pieces."""
-        await self.threads.on_network(lambda: self.wire.send(message, *pieces))
+        await self.threads.on_wire(lambda: self.wire.send(message, *pieces), self._senders)
 
-    async def receive(self) -> tuple[BulkMessage, memoryview]:
-        """The next message that is not the peer's failure.
+    async def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
+        """The next message that is not the peer's failure; `timeout_s` as in `Wire.receive`.
 
         Raises:
             PeerFailed: the peer ended the pass.
             ConnectionLost, PeerViolation: as the wire says.
         """
-        message, payload = await self.threads.on_network(self.wire.receive)
+        try:
+            message, payload = await self.threads.on_wire(lambda: self.wire.receive(timeout_s), self._receivers)
+        except ProtocolError:
+            self._heard_out.set()
+            raise
         if isinstance(message, PassFailed):
+            self._heard_out.set()
             raise PeerFailed(message.sentence, peer_code=message.code, disk=message.target)
         return message, payload
 
-    async def run(self, *tasks: Callable[[], Awaitable[None]]) -> None:
-        """Run `tasks` to their end, all of them or none.
+    async def run(
+        self, *tasks: Callable[[], Awaitable[None]], meanwhile: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Run `tasks` to their end, all of them or none, and `meanwhile` for as long.
 
         Raises:
-            AgentError, ProtocolError: the first failure of any task.
+            AgentError, ProtocolError: the first failure of any task, and nothing else.
         """
         async with trio.open_nursery() as outer:
             outer.start_soon(self._hang_up_when_cancelled)
+            if meanwhile is not None:
+                outer.start_soon(self._guarded, meanwhile, outer.cancel_scope)
             async with trio.open_nursery() as inner:
                 for task in tasks:
                     inner.start_soon(self._guarded, task, outer.cancel_scope)
@@ -88,9 +114,22 @@ class Conversation:
         try:
             await task()
         except (AgentError, ProtocolError) as error:
-            # The first failure is the cause; what follows from it (a socket shut down under a receiver) is not.
-            if self._failure is None:
+            # The first failure is the cause; what follows from it (a socket shut down under a receiver) is not. Only a
+            # lost connection may have a cause of its own: what the peer said before it hung up.
+            if self._failure is None or (isinstance(self._failure, ConnectionLost) and isinstance(error, PeerFailed)):
                 self._failure = error
+            if isinstance(error, ConnectionLost):
+                with trio.move_on_after(HEAR_OUT_S):
+                    await self._heard_out.wait()
+            scope.cancel()
+        except Exception as error:  # noqa: BLE001 - a defect; the peer and the coordinator must hear of it all the same
+            if self._failure is None:
+                self._failure = Unforeseen(
+                    f"the pass over disk {self.disk_name} failed in a way nobody foresaw "
+                    f"({type(error).__name__}: {error}); see the agent's log",
+                    disk=self.disk_name,
+                )
+                self._failure.__cause__ = error
             scope.cancel()
 
     async def _hang_up_when_cancelled(self) -> None:

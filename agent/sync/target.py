@@ -6,6 +6,7 @@ is reported verified before it was flushed, read back past the page cache and fo
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from agent.delta.digests import digests_to_wire
 from agent.delta.pack import BLAKE3_BYTES, Codec, Unpacker
 from agent.disk.seam import Disk
 from agent.errors import SyncError
+from agent.sync.budget import ByteBudget
 from agent.sync.conversation import Conversation
 from agent.sync.hashing import hash_ranges
 from agent.sync.meter import Meter
 from agent.sync.payloads import RANGE_BYTES, RisingRanges, ranges_from_wire, total_bytes
 from agent.sync.verification import Written, verify
-from protocol.errors import PeerViolation
+from protocol.errors import PeerViolation, ProtocolError
 from protocol.messages import (
     BlockData,
     CompareRanges,
@@ -41,6 +43,15 @@ VERIFY_EVERY_BYTES = 64 << 20
 """How much is written between two flushes: a flush costs a fixed time, the digests waiting for it cost memory."""
 MAX_UNSETTLED_BATCHES = 1024
 """Answered batches that changed blocks may still come for: the books of a pass must not grow with the disk."""
+QUEUE_BYTES = 64 << 20
+"""What may wait to be written: more than the window grants, so that only zero ranges ever make the receiver wait."""
+ITEM_BYTES = 1024
+"""What an item of that queue is counted for besides its payload."""
+SIGN_OF_LIFE_S = 30.0
+"""How often the source hears from a target that is busy; it gives up on one that is silent for minutes."""
+OWING_TIMEOUT_S = 3600.0
+"""How long the source may be silent while it waits for us: it has no way to give a sign of life. A host that is gone is
+noticed before, by TCP keepalive."""
 TAIL_STEP_BYTES = 1 << 30
 """Zero ranges are worked on in steps of this size, so that a cancelled pass ends in bounded time."""
 
@@ -93,7 +104,8 @@ class TargetPass:
         self._announced_bytes = 0
         self._data_bytes = 0
         self._to_hash = trio.open_memory_channel[Compared](float("inf"))  # bounded by ahead_bytes, checked on receipt
-        self._to_write = trio.open_memory_channel[Incoming](64)
+        self._to_write = trio.open_memory_channel[Incoming](float("inf"))  # bounded by the queue's budget
+        self._queue = ByteBudget(QUEUE_BYTES)
         self._to_verify = trio.open_memory_channel[Written](1)
         self._unpacker = Unpacker()
         self._wrote = False
@@ -105,13 +117,21 @@ class TargetPass:
             AgentError, ProtocolError: the pass is not complete; the disk may be torn.
         """
         hashers = [self._hash] * HASHERS
-        await self.talk.run(self._listen, *hashers, self._write, self._verify)
+        await self.talk.run(self._listen, *hashers, self._write, self._verify, meanwhile=self._give_signs_of_life)
+
+    async def _give_signs_of_life(self) -> None:
+        # A connection that is over is noticed by those who have something to say.
+        with contextlib.suppress(ProtocolError):
+            while True:
+                await trio.sleep(SIGN_OF_LIFE_S)
+                await self.talk.send(Credit(payload_bytes=0))
 
     # --- receiving ------------------------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
         while True:
-            message, payload = await self.talk.receive()
+            owing = self._asked_bytes or self._queue.taken_bytes
+            message, payload = await self.talk.receive(OWING_TIMEOUT_S if owing else None)
             match message:
                 case CompareRanges():
                     self._accept_compare(message, payload)
@@ -149,7 +169,7 @@ class TargetPass:
         else:
             self._zero_cursor.accept(ranges)
             self._announced_bytes += total_bytes(ranges)
-        await self._to_write[0].send(Incoming(ranges, None, memoryview(b"")))
+        await self._enqueue(Incoming(ranges, None, payload))
 
     async def _accept_data(self, message: BlockData, payload: memoryview) -> None:
         ranges = ranges_from_wire(payload, message.count)
@@ -157,7 +177,11 @@ class TargetPass:
         if total_bytes(ranges) != message.plain_bytes:
             raise PeerViolation(f"blocks of {total_bytes(ranges)} bytes in all were declared as {message.plain_bytes}")
         self._data_bytes += message.plain_bytes
-        await self._to_write[0].send(Incoming(ranges, message, payload))
+        await self._enqueue(Incoming(ranges, message, payload))
+
+    async def _enqueue(self, item: Incoming) -> None:
+        await self._queue.take(item.payload.nbytes + ITEM_BYTES)
+        self._to_write[0].send_nowait(item)
 
     def _accept_changed(self, ranges: Ranges) -> None:
         """Changed blocks may only lie where a comparison was answered: anything else was never announced."""
@@ -211,6 +235,7 @@ class TargetPass:
             else:
                 await self._write_blocks(item, item.data, written)
                 await self.talk.send(Credit(payload_bytes=item.payload.nbytes))
+            self._queue.give(item.payload.nbytes + ITEM_BYTES)
             if written.size_bytes >= VERIFY_EVERY_BYTES:
                 await self._to_verify[0].send(written)
                 written = Written()

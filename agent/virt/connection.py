@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
-from agent.errors import HypervisorError, NoSuchDomain
+from agent.errors import HypervisorError, HypervisorUnreachable, NoSuchDomain
 from agent.virt.events import LifecycleWatch, ensure_event_loop
 
 _KEEPALIVE_INTERVAL_S = 5
@@ -43,7 +43,7 @@ def mapped(error: libvirt.libvirtError, operation: str, vm: str) -> HypervisorEr
     if code == libvirt.VIR_ERR_NO_DOMAIN:
         return no_such_domain(vm)
     if is_connection_lost(error):
-        return HypervisorError(
+        return HypervisorUnreachable(
             f"VM {vm}: the connection to libvirt was lost during {operation}, its outcome is unknown ({message}): "
             "check that libvirtd (or virtqemud) runs, then try again.",
             vm=vm,
@@ -148,7 +148,7 @@ class Connection:
             handle.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
             self._subscription = self.watch.attach(handle)
         except libvirt.libvirtError as error:
-            raise HypervisorError(
+            raise HypervisorUnreachable(
                 f"Cannot connect to libvirt at {self.uri}: {(error.get_error_message() or str(error)).rstrip('.')}. "
                 + self._cure(),
                 uri=self.uri,

@@ -60,8 +60,8 @@ class FakeWire:
         used = self._out.unacknowledged_bytes
         return used == 0 or used + size_bytes <= self._window_bytes
 
-    def receive(self) -> tuple[BulkMessage, memoryview]:
-        """The next message."""
+    def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
+        """The next message; silence is never too long."""
         with self._shared:
             self._shared.wait_for(lambda: self._down or self._into.messages)
             if not self._into.messages:

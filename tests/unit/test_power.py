@@ -1,0 +1,91 @@
+"""Powering off: asked, waited for, forced only when told to, and patient with a libvirtd that is being restarted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent import power
+from agent.errors import HypervisorError, HypervisorUnreachable, ShutdownTimeout
+from agent.threads import Threads
+from agent.virt.seam import PowerState
+from protocol.messages import OnTimeout, PoweredOff
+from tests.fakes.hypervisor import FakeDomain, FakeHypervisor, FakeMachine, GuestBehaviour
+
+
+class Restarting(FakeHypervisor):
+    """A libvirtd that does not answer a few times."""
+
+    def __init__(self, machine: FakeMachine, *, down_for: int) -> None:
+        super().__init__(machine)
+        self.down_for = down_for
+
+    def wait_off(self, uuid: str, timeout_s: float) -> bool:
+        if self.down_for:
+            self.down_for -= 1
+            raise HypervisorUnreachable("libvirtd is being restarted")
+        return super().wait_off(uuid, timeout_s)
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> tuple[FakeMachine, FakeDomain]:
+    machine = FakeMachine(tmp_path)
+    image = tmp_path / "a"
+    image.write_bytes(bytes(4096))
+    domain = machine.define("web", {"vda": (image, "raw")})
+    domain.state = PowerState.RUNNING
+    return machine, domain
+
+
+async def _power_off(host: FakeHypervisor, uuid: str, on_timeout: OnTimeout, timeout_s: float = 0.3) -> PoweredOff:
+    return await power.power_off(host, Threads(), uuid, timeout_s=timeout_s, on_timeout=on_timeout)
+
+
+async def test_a_guest_that_obeys_is_not_forced(vm: tuple[FakeMachine, FakeDomain]) -> None:
+    answer = await _power_off(FakeHypervisor(vm[0]), vm[1].uuid, OnTimeout.FORCE, 20)
+    assert (answer.was_running, answer.forced) == (True, False)
+    assert not (await _power_off(FakeHypervisor(vm[0]), vm[1].uuid, OnTimeout.FORCE)).was_running
+
+
+async def test_a_deaf_guest_goes_on_running_or_is_forced_as_was_told(vm: tuple[FakeMachine, FakeDomain]) -> None:
+    machine, domain = vm
+    domain.guest = GuestBehaviour.IGNORES
+    with pytest.raises(ShutdownTimeout):
+        await _power_off(FakeHypervisor(machine), domain.uuid, OnTimeout.ABORT)
+    host = FakeHypervisor(machine)
+    assert host.state(domain.uuid) is PowerState.RUNNING
+    assert (await _power_off(host, domain.uuid, OnTimeout.FORCE)).forced
+    assert host.state(domain.uuid) is PowerState.OFF
+
+
+@pytest.mark.parametrize("state", [PowerState.PAUSED, PowerState.SUSPENDED, PowerState.CRASHED])
+async def test_a_guest_that_cannot_answer_is_forced_at_once_if_that_was_told(
+    vm: tuple[FakeMachine, FakeDomain], state: PowerState
+) -> None:
+    machine, domain = vm
+    domain.state = state
+    with pytest.raises(HypervisorError, match="cannot answer"):
+        await _power_off(FakeHypervisor(machine), domain.uuid, OnTimeout.ABORT)
+    assert domain.state is state
+    assert (await _power_off(FakeHypervisor(machine), domain.uuid, OnTimeout.FORCE, 600)).forced
+    assert domain.state is PowerState.OFF
+
+
+async def test_a_libvirtd_that_comes_back_in_time_is_waited_for(
+    vm: tuple[FakeMachine, FakeDomain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "WAIT_SLICE_S", 0.01)
+    vm[1].slow_s = 0.0
+    answer = await _power_off(Restarting(vm[0], down_for=5), vm[1].uuid, OnTimeout.ABORT, 20)
+    assert not answer.forced
+
+
+async def test_a_libvirtd_that_stays_away_is_what_is_told_and_nothing_is_forced(
+    vm: tuple[FakeMachine, FakeDomain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "WAIT_SLICE_S", 0.01)
+    vm[1].guest = GuestBehaviour.IGNORES
+    with pytest.raises(HypervisorUnreachable):
+        await _power_off(Restarting(vm[0], down_for=10**9), vm[1].uuid, OnTimeout.FORCE)
+    assert vm[1].state is PowerState.RUNNING
