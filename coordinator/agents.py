@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 import trio
 
 from coordinator.config import Config
-from coordinator.errors import AgentRefused, CoordinatorError, HostUnreachable, UsageError
+from coordinator.errors import TIMED_OUT, AgentRefused, CoordinatorError, HostUnreachable, UsageError
+from coordinator.model import VmRef
 from protocol.channel import ControlChannel, open_control
 from protocol.errors import ConnectionLost, ProtocolError, RequestFailed, RequestTimedOut
 from protocol.messages import PassProgress, Reply, Request
@@ -72,6 +73,30 @@ async def ask(
     return reply
 
 
+class NamingAgent:
+    """An agent whose sentences name the pair's VM as people know it: agents know VMs by UUID. Facts keep the UUID."""
+
+    def __init__(self, agent: Agent, vm: VmRef) -> None:
+        self._agent = agent
+        self._vm = vm
+
+    @property
+    def host(self) -> str:
+        """The host's name."""
+        return self._agent.host
+
+    async def ask(
+        self, request: Request, *, timeout_s: float | None, on_progress: ProgressCallback | None = None
+    ) -> Reply:
+        """See `Agent.ask`."""
+        try:
+            return await self._agent.ask(request, timeout_s=timeout_s, on_progress=on_progress)
+        except CoordinatorError as error:
+            error.sentence = error.sentence.replace(self._vm.uuid, self._vm.name)
+            error.args = (error.sentence,)
+            raise
+
+
 class AgentLink:
     """An agent over TLS. One control connection, opened when first needed and again after it was lost."""
 
@@ -107,7 +132,7 @@ class AgentLink:
             raise AgentRefused(
                 f"the agent on {self._host} did not finish {type(request).__name__} within {timeout_s:.0f} s and was "
                 "told to stop it: look at its log, then repeat",
-                code="timed-out",
+                code=TIMED_OUT,
                 host=self._host,
             ) from error
         except ProtocolError as error:
@@ -152,7 +177,10 @@ class AgentLink:
     def _unreachable(self, error: ProtocolError) -> CoordinatorError:
         cure = f"check the host, its network and `systemctl status failback-agent` on {self._host}, then repeat"
         if not isinstance(error, ConnectionLost):
-            cure = "install the same version of failback on every host, with certificates of one `failback pki`"
+            cure = (
+                "install the same version of failback on every host, with certificates of one authority "
+                f"(`failback pki issue {self._host}` makes that agent's)"
+            )
         return HostUnreachable(
             f"the agent on {self._host} ({self._address} port {self._port}) cannot be asked: {error.sentence}; {cure}",
             code=HostUnreachable.code if isinstance(error, ConnectionLost) else error.code,
@@ -186,6 +214,16 @@ class TlsAgents:
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
             files = self._config.pki
+            missing = [path for path in (files.ca, files.certificate, files.key) if not path.exists()]
+            if missing:
+                listed = ", ".join(str(path) for path in missing)
+                are = "is" if len(missing) == 1 else "are"
+                raise UsageError(
+                    f"this coordinator has no certificate yet: {listed} {are} missing; "
+                    "`failback pki init` makes the authority and the coordinator's certificate, `failback pki issue "
+                    "HOST` that of each agent (or name the files in the configuration under [pki])",
+                    code="no-certificate",
+                )
             try:
                 self._tls = client_context(certificate=files.certificate, key=files.key, ca=files.ca)
             except ProtocolError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from coordinator import journal, registry
-from coordinator.agents import Agent, AgentDirectory
+from coordinator.agents import Agent, AgentDirectory, NamingAgent
 from coordinator.clock import Clock, Tokens
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import CoordinatorError
@@ -53,12 +53,12 @@ class RunContext:
     @property
     def source(self) -> Agent:
         """The agent beside the replica."""
-        return self.directory.agent(self.pair.replica.host)
+        return NamingAgent(self.directory.agent(self.pair.replica.host), self.pair.replica)
 
     @property
     def target(self) -> Agent:
         """The agent beside the original."""
-        return self.directory.agent(self.pair.original.host)
+        return NamingAgent(self.directory.agent(self.pair.original.host), self.pair.original)
 
     @property
     def original_targets(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from coordinator import journal, registry
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, JournalEntry, Phase
-from coordinator.errors import AgentRefused, CoordinatorError, ExitCode, NeedsOperator
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, ExitCode, NeedsOperator
 from coordinator.events import Outcome, StateChanged, StepDone, StepFailed, StepStarted
 from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, State
 from coordinator.records import Record
@@ -45,7 +45,7 @@ class _Interrupted(Exception):
 
 def is_ours_no_more(error: CoordinatorError) -> bool:
     """Whether another process has taken the run over."""
-    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code == "stale-epoch")
+    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code == STALE_EPOCH)
 
 
 class Engine:

@@ -72,10 +72,28 @@ class HostUnreachable(CoordinatorError):
     code = "host-unreachable"
 
 
+TIMED_OUT = "timed-out"
+STALE_EPOCH = "stale-epoch"
+
+
 class AgentRefused(CoordinatorError):
-    """An agent answered a request with a `protocol.messages.Failure`; its code and facts are kept."""
+    """An agent answered a request with a `protocol.messages.Failure`; its code and facts are kept.
+
+    Two codes mean more than that: `TIMED_OUT`, no answer came in time; `STALE_EPOCH`, another process has taken the
+    run over, so that this one must not be started again.
+    """
 
     code = "agent"
+
+    def __init__(self, sentence: str, *, code: str | None = None, **facts: Fact) -> None:
+        super().__init__(sentence, code=code, **facts)
+        if self.code == STALE_EPOCH:
+            self.exit_code = ExitCode.REFUSED
+
+
+def is_silent(error: CoordinatorError) -> bool:
+    """Whether the host could not be heard at all, rather than said no."""
+    return isinstance(error, HostUnreachable) or error.code == TIMED_OUT
 
 
 class DatabaseError(CoordinatorError):

@@ -5,7 +5,7 @@ Whoever talks to the agents (`coordinator.runs`) fills these; `coordinator.refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from coordinator.model import DiskPair, Pair, RunOptions, VmRef
@@ -28,6 +28,12 @@ VERSION = "version"
 
 
 SIDES = (Side.ORIGINAL, Side.REPLICA)
+
+
+def held_images(answer: PowerAnswer, targets: Collection[str]) -> tuple[str, ...]:
+    """Which of the disks `targets` another process holds. A disk that is left out may be in use elsewhere: a shared
+    one often is."""
+    return tuple(target for target in answer.holders if target in targets)
 
 
 def clause(sentence: str) -> str:

@@ -77,7 +77,7 @@ class Pair:
     original: VmRef
     replica: VmRef
     disks: tuple[DiskPair, ...]
-    excluded: tuple[str, ...]  # replica targets left out on purpose
+    excluded: tuple[str, ...]  # disk targets (of either side) and host devices left out on purpose
     state: State
     newest: Newest
     flag: OriginalFlag
@@ -148,8 +148,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRequest:
-    """What `register` is told. VMs by name or UUID; `disks` empty: map by equal target names, `excluded` replica
-    targets left out. `in_failover`: the replica has taken over already (proven: original off, replica on)."""
+    """What `register` is told. VMs by name or UUID; `disks` empty: map by equal target names. `excluded`: disk
+    targets of either side and host devices that are left out. `in_failover`: the replica has taken over already
+    (proven: original off, replica on)."""
 
     name: str
     original_host: str

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
+from sqlalchemy import Connection
 
 from coordinator import journal
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import RunContext
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, DatabaseError
 from coordinator.events import Progressed
 from coordinator.progress import Progress, ProgressMeter
 from coordinator.records import DiskSizes, PassRecord, SurveyRecord
@@ -142,7 +143,7 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
                 nursery.cancel_scope.cancel()
             nursery.start_soon(side, Direction.SEND)
     finally:
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True), suppress(DatabaseError):
             await context.store.write(lambda connection: journal.clear_progress(connection, context.pair.name))
     if failures:
         raise _cause(failures)
@@ -155,11 +156,15 @@ def _cause(failures: Sequence[CoordinatorError]) -> CoordinatorError:
 
 
 async def _save(context: RunContext, latest: trio.MemoryReceiveChannel[Progress]) -> None:
+    """Keep the newest picture in the database. One that cannot be kept is no reason to end a pass: nobody needs it."""
     async with latest:
         async for picture in latest:
-            await context.store.write(
-                lambda connection, p=picture: journal.save_progress(connection, context.pair.name, p)  # type: ignore[misc]
-            )
+
+            def keep(connection: Connection, picture: Progress = picture) -> None:
+                journal.save_progress(connection, context.pair.name, picture)
+
+            with suppress(DatabaseError):
+                await context.store.write(keep)
 
 
 def check_reports(disks: Sequence[DiskSizes], view: str, source: PassReport, target: PassReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from coordinator.cures import register_again
 from coordinator.findings import Case, DiskCase, clause, target_at
 from protocol.messages import DiskDescription, ImageDescription, Power, Side
 
@@ -40,9 +41,8 @@ def disk_missing(case: Case) -> Iterator[Objection]:
             if vm.disk(target) is None:
                 yield (
                     f"{vm.ref.name} {target}",
-                    f"The {vm.title} has no disk {target} any more though the pair maps it; attach it again, or "
-                    "register "
-                    "the pair anew with the disks it has.",
+                    f"The {vm.title} has no disk {target} any more though the pair maps it; attach it again, or leave "
+                    f"it out: `{register_again(case, unmap=disks)}`.",
                 )
 
 
@@ -53,8 +53,9 @@ def disk_not_mapped(case: Case) -> Iterator[Objection]:
             if disk.target not in mapped and disk.target not in case.pair.excluded:
                 yield (
                     f"{vm.ref.name} {disk.target}",
-                    f"The {vm.title} has a disk {disk.target} that the pair does not map; register the pair anew with "
-                    f"--disk ORIGINAL=REPLICA for it, or with --exclude-disk {disk.target} to leave it out.",
+                    f"The {vm.title} has a disk {disk.target} that the pair does not map; register the pair again, "
+                    "with --disk ORIGINAL=REPLICA for every disk, or leave this one out: "
+                    f"`{register_again(case, leave_out=disk.target)}`.",
                 )
 
 
@@ -87,19 +88,19 @@ def _shared(here: DiskDescription, there: DiskDescription) -> ImageDescription |
 def kind_not_supported(case: Case) -> Iterator[Objection]:
     for disk in case.all_mapped():
         if disk.disk.kind not in ("file", "block"):
-            yield _about(disk, f"is a {disk.disk.kind} disk, which cannot be failed back yet", _exclude(disk))
+            yield _about(disk, f"is a {disk.disk.kind} disk, which cannot be failed back yet", _exclude(case, disk))
 
 
 def shareable(case: Case) -> Iterator[Objection]:
     for disk in case.all_mapped():
         if disk.disk.shareable:
-            yield _about(disk, "is shareable, so other VMs may write to it at any moment", _exclude(disk))
+            yield _about(disk, "is shareable, so other VMs may write to it at any moment", _exclude(case, disk))
 
 
 def readonly(case: Case) -> Iterator[Objection]:
     for disk in case.all_mapped():
         if disk.disk.readonly:
-            yield _about(disk, "is read-only, so there is nothing to bring home", _exclude(disk))
+            yield _about(disk, "is read-only, so there is nothing to bring home", _exclude(case, disk))
 
 
 def unreadable(case: Case) -> Iterator[Objection]:
@@ -117,14 +118,16 @@ def format_not_supported(case: Case) -> Iterator[Objection]:
             yield _about(
                 disk,
                 f"rests on {image.path} in format {image.format or 'unknown'}, which is neither raw nor qcow2",
-                "convert it with `qemu-img convert` or leave the disk out with --exclude-disk",
+                f"convert it with `qemu-img convert`, or {_exclude(case, disk)}",
             )
 
 
 def encrypted(case: Case) -> Iterator[Objection]:
     for disk, image in _images(case):
         if image.encrypted:
-            yield _about(disk, f"rests on the encrypted image {image.path}, which cannot be read here", _exclude(disk))
+            yield _about(
+                disk, f"rests on the encrypted image {image.path}, which cannot be read here", _exclude(case, disk)
+            )
 
 
 def corrupt(case: Case) -> Iterator[Objection]:
@@ -270,5 +273,6 @@ def _about(disk: DiskCase, cause: str, cure: str) -> Objection:
     return f"{disk.vm.ref.name} {disk.disk.target}", f"{title} {cause}; {cure}."
 
 
-def _exclude(disk: DiskCase) -> str:
-    return f"register the pair anew with --exclude-disk {disk.disk.target} to leave it out"
+def _exclude(case: Case, disk: DiskCase) -> str:
+    mapped = next(disks for disks in case.pair.disks if target_at(disks, disk.vm.side) == disk.disk.target)
+    return f"leave it out: `{register_again(case, unmap=mapped)}`"

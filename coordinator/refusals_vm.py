@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coordinator.findings import NO_VM, SIDES, Case, Problem, VmCase, clause
+from coordinator.cures import register_again
+from coordinator.findings import NO_VM, SIDES, Case, Problem, VmCase, clause, held_images
 from protocol.messages import Power, Side, VmDescription
 
 Objection = tuple[str, str]
@@ -18,7 +19,8 @@ def vm_gone(case: Case) -> Iterator[Objection]:
             yield (
                 ref.name,
                 f"Host {ref.host} no longer knows the {side.value} {ref.name} (UUID {ref.uuid}); define it there again "
-                f"with that UUID, or register the pair anew.",
+                f"by that name, and if its UUID is another one then, register the pair again: "
+                f"`{register_again(case)}`.",
             )
 
 
@@ -43,7 +45,8 @@ def vm_redefined(case: Case) -> Iterator[Objection]:
                 ref.name,
                 f"The {side.value} {ref.name} on {ref.host} has UUID {vm.uuid} but was registered with "
                 f"{ref.uuid}, so it "
-                "is another VM or was redefined; register the pair anew if this is the right one.",
+                "is another VM or was redefined; if this is the right one, register the pair again: "
+                f"`{register_again(case)}`.",
             )
 
 
@@ -53,7 +56,7 @@ def same_vm(case: Case) -> Iterator[Objection]:
         yield (
             original.name,
             f"Original and replica of pair {case.pair.name} are the same VM ({original.name} on {original.host}); "
-            "register the pair anew with two different VMs.",
+            "register the pair again with two different VMs.",
         )
 
 
@@ -168,8 +171,8 @@ def passthrough(case: Case) -> Iterator[Objection]:
             if device not in case.pair.excluded:
                 yield (
                     f"{vm.ref.name} {device}",
-                    f"The {vm.title} uses the host device {device}, whose data could not be copied; detach it, or "
-                    f"register the pair anew with --exclude-disk '{device}' if it holds none.",
+                    f"The {vm.title} uses the host device {device}, whose data could not be copied; detach it, or if "
+                    f"it holds none, leave it out: `{register_again(case, leave_out=device)}`.",
                 )
 
 
@@ -207,12 +210,12 @@ def fenced_elsewhere(case: Case) -> Iterator[Objection]:
 
 def image_held(case: Case) -> Iterator[Objection]:
     for vm in case.vms():
-        if vm.vm.power is Power.OFF and vm.power is not None and not vm.power.images_free:
-            targets = ", ".join(vm.power.holders) or "at least one disk"
+        held = held_images(vm.power, {disk.disk.target for disk in case.mapped(vm.side)}) if vm.power else ()
+        if vm.vm.power is Power.OFF and held:
             yield (
                 vm.ref.name,
-                f"The {vm.title} is off but another process holds its image ({targets}); find it there with `fuser` or "
-                "`lslocks` and end it.",
+                f"The {vm.title} is off but another process holds its image ({', '.join(held)}); find it there "
+                "with `fuser` or `lslocks` and end it.",
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from coordinator import schema
-from coordinator.errors import CoordinatorError, UsageError
+from coordinator.errors import CoordinatorError, ExitCode, UsageError
 from coordinator.model import DiskPair, Newest, OperatorCall, OriginalFlag, Pair, State, VmRef
 from coordinator.plain import from_json, to_json
 from coordinator.states import check_move
@@ -16,28 +16,45 @@ class Superseded(CoordinatorError):
     """Another process has taken the run over under a higher epoch; this one must not act any more."""
 
     code = "superseded"
+    exit_code = ExitCode.REFUSED  # to be started again would take the run back
 
 
 def add_pair(connection: Connection, pair: Pair) -> None:
-    """Take a new pair in; `UsageError` when the name or one of the VMs is taken."""
+    """Take a new pair in; `UsageError` when one of the VMs is taken."""
+    _check_free(connection, pair)
+    connection.execute(insert(schema.pairs).values(name=pair.name, **_columns(pair)))
+
+
+def change_pair(connection: Connection, pair: Pair) -> None:
+    """Write a known pair anew (see `coordinator.mapping.revised`); `UsageError` when one of the VMs is taken."""
+    _check_free(connection, pair)
+    _set(connection, pair.name, **_columns(pair))
+
+
+def find_pair(connection: Connection, name: str) -> Pair | None:
+    """The pair of that name, or None."""
+    row = connection.execute(select(schema.pairs).where(schema.pairs.c.name == name)).one_or_none()
+    return None if row is None else _pair(row)
+
+
+def _check_free(connection: Connection, pair: Pair) -> None:
     for other in list_pairs(connection):
-        if other.name == pair.name:
-            raise UsageError(f"there is a pair {pair.name} already: choose another name", code="pair-exists")
         taken = {(vm.host, vm.uuid) for vm in (other.original, other.replica)}
         for vm in (pair.original, pair.replica):
-            if (vm.host, vm.uuid) in taken:
-                raise UsageError(f"the VM {vm.name} on {vm.host} belongs to the pair {other.name}", code="vm-taken")
-    connection.execute(insert(schema.pairs).values(name=pair.name, **_columns(pair)))
+            if other.name != pair.name and (vm.host, vm.uuid) in taken:
+                raise UsageError(
+                    f"the VM {vm.name} on {vm.host} belongs to the pair {other.name}: name another VM", code="vm-taken"
+                )
 
 
 def get_pair(connection: Connection, name: str) -> Pair:
     """The pair of that name; `UsageError` when there is none."""
-    row = connection.execute(select(schema.pairs).where(schema.pairs.c.name == name)).one_or_none()
-    if row is None:
+    pair = find_pair(connection, name)
+    if pair is None:
         raise UsageError(
             f"there is no pair {name}: `failback pairs` lists them, `failback register` adds one", code="no-such-pair"
         )
-    return _pair(row)
+    return pair
 
 
 def list_pairs(connection: Connection) -> tuple[Pair, ...]:

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 import trio
-from sqlalchemy import Connection
 
 from coordinator import journal, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
@@ -18,12 +17,12 @@ from coordinator.config import Config
 from coordinator.context import RunContext
 from coordinator.database import Database
 from coordinator.engine import Engine
-from coordinator.entries import EntryKind, JournalEntry, RunRecord
+from coordinator.entries import JournalEntry, RunRecord
 from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
 from coordinator.hooks import Hooks
-from coordinator.lookup import gather_findings, look_up_pair, prove_failover
+from coordinator.lookup import look_up_pair, prove_failover
 from coordinator.model import Pair, PairRequest, RestorePoint, RunOptions, State
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
@@ -31,6 +30,7 @@ from coordinator.runlog import RunLog
 from coordinator.states import TABLE, Verb, check_verb
 from coordinator.status import PairStatus, UndoForecast, forecast, read_status
 from coordinator.store import Store
+from coordinator.survey import failover_since, survey
 from coordinator.takeover import Author
 
 RUN_ID_BYTES = 5
@@ -94,18 +94,20 @@ class Coordinator:
     async def register_pair(self, request: PairRequest) -> Pair:
         """Inspect both VMs, map their disks and take the pair into the registry, in *Ready* (or *Failover*).
 
+        A pair that is known already and has no run is changed: its mapping, what is left out, a VM that was defined
+        anew. It stays in its state.
+
         Raises:
-            UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so.
+            UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so;
+                `WrongState`: a run of the known pair is under way or not final.
         """
-        pair = await look_up_pair(self.agents, request)
+        found = await look_up_pair(self.agents, request)
         author = self._author()
-
-        def work(connection: Connection) -> Pair:
-            registry.add_pair(connection, pair)
-            takeover.note(connection, pair, author, EntryKind.STATE, pair.state.value, run="", sentence="registered")
-            return takeover.record_failover(connection, pair.name, author) if request.in_failover else pair
-
-        return await self._db.write(work)
+        return await self._db.write(
+            lambda connection: takeover.register(
+                connection, found.pair, found.fence, author, in_failover=request.in_failover
+            )
+        )
 
     async def record_failover(self, pair: str) -> Pair:
         """Ready → Failover, after proving the original off and the replica on. Harmless when repeated.
@@ -133,13 +135,9 @@ class Coordinator:
     async def findings(self, pair: str) -> Findings:
         """What `coordinator.plan.make_plan` needs, asked of both agents now."""
         found = await self.get_pair(pair)
-        moves = [
-            entry.at_s
-            for entry in await self.history(pair)
-            if entry.kind is EntryKind.STATE and entry.step == State.FAILOVER.value
-        ]
-        since = datetime.fromtimestamp(moves[-1], UTC).isoformat(timespec="seconds") if moves else None
-        return await gather_findings(self.agents, found, since if found.state is State.FAILOVER else None)
+        since_s = failover_since(await self.history(pair)) if found.state is State.FAILOVER else None
+        since = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if since_s is not None else None
+        return await survey(self.agents, found, failover_since=since)
 
     # --- a run --------------------------------------------------------------------------------------------------
 

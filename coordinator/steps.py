@@ -10,6 +10,7 @@ from typing import ClassVar
 from coordinator.agents import QUESTION_TIMEOUT_S, Agent, ask
 from coordinator.context import RunContext
 from coordinator.errors import CoordinatorError, NeedsOperator
+from coordinator.findings import held_images
 from coordinator.records import FenceRecord, Nothing, Record
 from protocol.messages import (
     AskPower,
@@ -133,10 +134,11 @@ async def prove_off(context: RunContext, side: Side) -> None:
             f"the {side.value} on {agent.host} is {answer.power.value} and must be off here: power it off, then repeat",
             code="not-off",
         )
-    if not answer.images_free:
+    held = held_images(answer, context.original_targets if side is Side.ORIGINAL else context.replica_targets)
+    if held:
         raise StepFailed(
             f"the {side.value} on {agent.host} is off, but another process holds the image of "
-            f"{', '.join(answer.holders)}: end that process, then repeat",
+            f"{', '.join(held)}: end that process, then repeat",
             code="images-held",
         )
 

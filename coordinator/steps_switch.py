@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.agents import ask
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
-from coordinator.errors import HostUnreachable
+from coordinator.errors import AgentRefused, HostUnreachable, is_silent
 from coordinator.model import ShutdownPolicy
 from coordinator.records import (
     FenceRecord,
@@ -17,6 +17,7 @@ from coordinator.records import (
     ViewRecord,
 )
 from coordinator.steps import (
+    IS_OFF,
     NOT_DONE,
     Finding,
     Step,
@@ -46,6 +47,69 @@ from protocol.messages import (
 )
 
 UNCLEAR = frozenset({Power.PAUSED, Power.SUSPENDED})
+SHUTDOWN_TIMEOUT = "shutdown-timeout"
+"""Code of an agent whose guest still runs at the end of its time (`protocol.messages.PowerOff`)."""
+
+
+async def hold_original(context: RunContext) -> bool:
+    """Make sure that the original cannot run beside the replica: off, and its fence back, under this epoch.
+
+    Returns False where its host does not answer and need not: before the point of no return the fence that this run
+    took was never lifted (its autostart is off, its agent takes the locks again when it starts), nothing of ours can
+    start it, and people wait for the replica.
+
+    Raises:
+        NeedsOperator: it may run.
+    """
+    host, name = context.target.host, context.pair.name
+    try:
+        await prove_off(context, Side.ORIGINAL)
+        await take_fence(context, Side.ORIGINAL)
+    except (HostUnreachable, AgentRefused) as error:
+        if not is_silent(error):
+            raise
+        if context.past_no_return:
+            raise operator_needed(
+                f"the replica stays off: {host} cannot prove that the original is off and fenced "
+                f"({error.sentence}); bring {host} back, then `failback resume {name}`",
+                "resume",
+            ) from error
+        return False
+    except StepFailed as error:
+        raise operator_needed(
+            f"the replica stays off, for the original may run beside it: {error.sentence} "
+            f"with `failback resume {name}`",
+            "resume",
+        ) from error
+    return True
+
+
+async def prove_verified(context: RunContext) -> str:
+    """The final view, if everything says now that the original equals it and cannot have changed since.
+
+    Both flags must name that view, the original's fence must stand, the replica must be off and fenced.
+
+    Raises:
+        StepFailed: something says otherwise.
+    """
+    final = context.log.result(LastPass.name, PassRecord)
+    if final is None:
+        raise StepFailed("the journal has no complete last pass: the switchover cannot go on", code="not-verified")
+    fence = await take_fence(context, Side.ORIGINAL)
+    flag = context.pair.flag
+    said = (fence.condition, fence.view)
+    if said != (Condition.EQUALS_VIEW, final.view) or (flag.condition, flag.view) != (
+        Condition.EQUALS_VIEW.value,
+        final.view,
+    ):
+        raise StepFailed(
+            f"the original on {context.target.host} is not proven equal to view {final.view} (its agent says "
+            f"{'nothing' if fence.condition is None else fence.condition.value}): it must not start",
+            code="not-verified",
+        )
+    await prove_off(context, Side.REPLICA)
+    await take_fence(context, Side.REPLICA)
+    return final.view
 
 
 class ReplicaOff(Step):
@@ -58,7 +122,17 @@ class ReplicaOff(Step):
     async def do(self, context: RunContext) -> PowerOffRecord:
         """Shut it down, within the administrator's deadline."""
         force = context.options.shutdown_policy is ShutdownPolicy.FORCE
-        return await power_off(context, Side.REPLICA, OnTimeout.FORCE if force else OnTimeout.ABORT)
+        try:
+            return await power_off(context, Side.REPLICA, OnTimeout.FORCE if force else OnTimeout.ABORT)
+        except AgentRefused as error:
+            if error.code != SHUTDOWN_TIMEOUT:
+                raise
+            vm = context.pair.replica
+            raise StepFailed(
+                f"{error.sentence}; the request cannot be taken back, so {vm.name} may still power off later: look "
+                f"with `virsh domstate {vm.name}` on {vm.host}, and start it again there if it did",
+                code=SHUTDOWN_TIMEOUT,
+            ) from error
 
     async def probe(self, context: RunContext) -> Finding:
         """Done when it is off."""
@@ -68,31 +142,11 @@ class ReplicaOff(Step):
         """Power the replica on if the run found it in use, after proving that the original cannot run beside it."""
         if not context.replica_was_running:
             return Nothing()
-        await self._prove_original_held(context)
+        if not await hold_original(context):
+            host = context.target.host
+            await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
         await ask(context.source, PowerOn(order=context.order, vm_uuid=context.pair.replica.uuid), Done)
         return Nothing()
-
-    async def _prove_original_held(self, context: RunContext) -> None:
-        host, name = context.target.host, context.pair.name
-        try:
-            await prove_off(context, Side.ORIGINAL)
-            await take_fence(context, Side.ORIGINAL)
-        except HostUnreachable as error:
-            if context.past_no_return:
-                raise operator_needed(
-                    f"the replica stays off: {host} cannot prove that the original is off and fenced "
-                    f"({error.sentence}); bring {host} back, then `failback resume {name}`",
-                    "resume",
-                ) from error
-            # Its fence was never lifted in this run: autostart is off, and its agent takes the locks again when it
-            # starts. Nothing of ours can start it, and people are waiting for the replica.
-            await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
-        except StepFailed as error:
-            raise operator_needed(
-                f"the replica stays off, for the original may run beside it: {error.sentence} "
-                f"with `failback resume {name}`",
-                "resume",
-            ) from error
 
 
 class ProveReplicaOff(Step):
@@ -121,7 +175,8 @@ class FenceReplica(Step):
         return fence_record(await take_fence(context, Side.REPLICA))
 
     async def undo(self, context: RunContext) -> Record:
-        """Release it, with its autostart as before."""
+        """Release it, with its autostart as before: not before the original is held, for its host might start it."""
+        await hold_original(context)
         lift = LiftFence(order=context.order, vm_uuid=context.pair.replica.uuid, restore_autostart=True)
         await ask(context.source, lift, Done)
         return Nothing()
@@ -201,27 +256,15 @@ class Verify(Step):
 
     name = "verify"
     sentence = "verify that the original equals the replica's final view"
+    lasts_until = LIFT_ORIGINAL_FENCE
+
+    def applies(self, context: RunContext) -> bool:
+        """Until the point of no return: a failure here still rolls back."""
+        return not context.past_no_return
 
     async def do(self, context: RunContext) -> VerifyRecord:
-        """Both flags must name the final view, the fence must stand, the replica must still be off."""
-        final = context.log.result(LastPass.name, PassRecord)
-        if final is None:
-            raise StepFailed("the journal has no complete last pass: the switchover cannot go on", code="not-verified")
-        fence = await take_fence(context, Side.ORIGINAL)
-        flag = context.pair.flag
-        said = (fence.condition, fence.view)
-        if said != (Condition.EQUALS_VIEW, final.view) or (flag.condition, flag.view) != (
-            Condition.EQUALS_VIEW.value,
-            final.view,
-        ):
-            raise StepFailed(
-                f"the original on {context.target.host} is not proven equal to view {final.view} (its agent says "
-                f"{'nothing' if fence.condition is None else fence.condition.value}): it must not start",
-                code="not-verified",
-            )
-        await prove_off(context, Side.REPLICA)
-        await take_fence(context, Side.REPLICA)
-        return VerifyRecord(view=final.view)
+        """Ask both agents once more."""
+        return VerifyRecord(view=await prove_verified(context))
 
 
 class LiftOriginalFence(Step):
@@ -232,7 +275,13 @@ class LiftOriginalFence(Step):
     undo_sentence = "power the original off and fence it"
 
     async def do(self, context: RunContext) -> Nothing:
-        """Release the images; give autostart back as it was before the first run that took it."""
+        """Release the images; give autostart back as it was before the first run that took it.
+
+        What an earlier process verified holds only as long as the fence stood: it is proven again.
+        """
+        verified = context.log.last(Verify.name)
+        if verified is None or verified.epoch != context.epoch:
+            await prove_verified(context)
         lift = LiftFence(
             order=context.order,
             vm_uuid=context.pair.original.uuid,
@@ -243,8 +292,11 @@ class LiftOriginalFence(Step):
         return Nothing()
 
     async def probe(self, context: RunContext) -> Finding:
-        """Done when the agent fences it no more."""
-        if (await inspect(context, Side.ORIGINAL)).fence is not None:
+        """Done when it is in use already. An original that is off is fenced, proven and released once more: a fence
+        that is not there may also have been lost before this step, and then nobody knows what was done to the disks.
+        """
+        vm = await inspect(context, Side.ORIGINAL)
+        if vm.fence is not None or vm.power in IS_OFF:
             return NOT_DONE
         return Finding(verdict=Verdict.DONE, record=Nothing())
 
@@ -256,7 +308,9 @@ class LiftOriginalFence(Step):
             before = (await inspect(context, Side.ORIGINAL)).fence
             fence = await take_fence(context, Side.ORIGINAL)
             condition, _ = await settle_flag(context, before, fence)
-        except HostUnreachable as error:
+        except (HostUnreachable, AgentRefused) as error:
+            if not is_silent(error):
+                raise
             raise operator_needed(
                 f"the replica stays off: {host} cannot prove that the original is off and fenced ({error.sentence}); "
                 f"bring {host} back, then `failback resume {name}`",

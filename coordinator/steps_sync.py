@@ -10,9 +10,10 @@ from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind
-from coordinator.errors import HostUnreachable
+from coordinator.errors import AgentRefused, HostUnreachable, is_silent
 from coordinator.hooks import Hook
 from coordinator.passes import run_pass
+from coordinator.plain import from_json
 from coordinator.records import (
     DiskSizes,
     FenceRecord,
@@ -96,8 +97,7 @@ class Survey(Step):
 
     def _ask_if_it_stopped(self, context: RunContext, power: Power) -> None:
         stopped = context.replica_was_running and power in IS_OFF and not context.log.intended("replica_off")
-        told = any(e.kind is EntryKind.NOTE and e.step == OPERATOR_SAID_GO_ON for e in context.log.entries)
-        if stopped and not told:
+        if stopped and not _told_to_go_on(context):
             name = context.pair.name
             raise operator_needed(
                 f"the replica on {context.source.host} was running and is off now, stopped by itself or by hand: start "
@@ -118,6 +118,17 @@ class Survey(Step):
                 code="size-changed",
             )
         return DiskSizes(original=original, replica=replica, source_size_bytes=source, target_size_bytes=target)
+
+
+def _told_to_go_on(context: RunContext) -> bool:
+    """Whether a person resumed the run after the replica was last found in use."""
+    for entry in reversed(context.log.entries):
+        if entry.kind is EntryKind.NOTE and entry.step == OPERATOR_SAID_GO_ON:
+            return True
+        surveyed = entry.kind is EntryKind.DONE and entry.step == SURVEY
+        if surveyed and from_json(entry.result or "", SurveyRecord).replica_power not in IS_OFF:
+            return False
+    return False
 
 
 def _size(vm: VmDescription, target: str, host: str) -> int:
@@ -207,7 +218,7 @@ class FenceOriginal(Step):
         host = context.target.host
         try:
             before = (await inspect(context, Side.ORIGINAL)).fence
-            if before is None:
+            if before is None and context.pair.flag.condition != Condition.TORN.value:
                 return ReleaseRecord(kept=False, condition=context.pair.flag.condition, why="there was no fence")
             fence = await take_fence(context, Side.ORIGINAL)
             condition, _ = await settle_flag(context, before, fence)
@@ -219,7 +230,9 @@ class FenceOriginal(Step):
                     "commit, and it must not be started beside the replica"
                 )
                 return ReleaseRecord(kept=False, condition=condition.value, why="whole")
-        except HostUnreachable as error:
+        except (HostUnreachable, AgentRefused) as error:
+            if not is_silent(error):
+                raise
             await context.notice(f"the fence of the original stays as it is: {error.sentence}")
             return ReleaseRecord(kept=True, condition=context.pair.flag.condition, why="host unreachable")
         await context.notice(f"the original on {host} is torn and stays fenced until a run verifies it")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import trio
 
-from coordinator.agents import QUESTION_TIMEOUT_S, Agent, AgentDirectory, ask
+from coordinator.agents import QUESTION_TIMEOUT_S, Agent, AgentDirectory, NamingAgent, ask
 from coordinator.entries import EntryKind, JournalEntry
 from coordinator.errors import AgentRefused, HostUnreachable, UsageError
 from coordinator.findings import NO_VM, VERSION, Findings, Problem, SideFindings
@@ -47,6 +47,7 @@ async def survey(agents: AgentDirectory, pair: Pair, *, failover_since: str | No
 
 async def survey_side(agent: Agent, ref: VmRef) -> SideFindings:
     """What one agent says of its host and of that VM."""
+    agent = NamingAgent(agent, ref)
     try:
         host = await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S)
     except (HostUnreachable, AgentRefused) as error:

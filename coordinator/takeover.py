@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 from coordinator import journal, registry
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import WrongState
+from coordinator.mapping import mapping_words, revised
 from coordinator.model import Newest, Pair, RestorePoint, RunOptions, State
 from coordinator.plain import to_json
 from coordinator.records import Record, RestorePointRecord
@@ -16,6 +17,7 @@ from coordinator.runlog import RunLog
 from coordinator.states import Verb, check_verb
 from coordinator.steps_commit import RESTORE_POINT
 from coordinator.steps_sync import OPERATOR_SAID_GO_ON
+from protocol.messages import FenceDescription
 
 TAKES_BACK = {Verb.UNDO: State.UNDOING, Verb.CANCEL: State.CANCELLING}
 REASONS = {Verb.UNDO: "undone by the administrator", Verb.CANCEL: "cancelled by the administrator"}
@@ -65,6 +67,24 @@ def note(
         result=None if record is None else to_json(record),
     )
     journal.append(connection, entry)
+
+
+def register(
+    connection: Connection, pair: Pair, fence: FenceDescription | None, author: Author, *, in_failover: bool
+) -> Pair:
+    """Take a pair in, or change the one of that name; with `in_failover`, which has been proven, on to Failover."""
+    known = registry.find_pair(connection, pair.name)
+    if known is None:
+        registry.add_pair(connection, pair)
+        note(connection, pair, author, EntryKind.STATE, pair.state.value, run="", sentence="registered")
+    else:
+        pair = revised(known, pair, fence)
+        registry.change_pair(connection, pair)
+        sentence = f"registered again: {mapping_words(pair)}"
+        note(connection, pair, author, EntryKind.NOTE, "", run="", sentence=sentence)
+    if in_failover and pair.state is State.READY:
+        return record_failover(connection, pair.name, author)
+    return pair
 
 
 def start(connection: Connection, name: str, run: str, options: RunOptions, author: Author) -> None:

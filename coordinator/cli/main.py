@@ -33,6 +33,7 @@ from coordinator.cli import (
     watch,
 )
 from coordinator.cli.session import Session, first_cause
+from coordinator.cli.verb import TeachingGroup
 from coordinator.errors import CoordinatorError, ExitCode, UsageError
 
 BUG_LOG = "failback-errors.log"
@@ -50,7 +51,7 @@ class Bug(CoordinatorError):
     code = "bug"
 
 
-class Program(click.Group):
+class Program(TeachingGroup):
     """The group, with one place where every error becomes one sentence (or one JSON object) and an exit code."""
 
     def main(  # type: ignore[override]  # click's own signature has overloads that differ by `standalone_mode`
@@ -129,8 +130,17 @@ def keep_trace(session: Session, error: BaseException) -> Path:
 
 
 def leave(session: Session, code: int) -> NoReturn:
-    """Exit; a reader that went away (`failback pairs | head -1`) is no error of ours."""
-    for stream in (session.output.stdout, session.output.stderr):
+    """Exit; a reader that went away (`failback pairs | head -1`) is no error of ours, output that is cut short is."""
+    output = session.output
+    output.stdout.flush()
+    if output.stdout.why_incomplete is not None:
+        output.errors.print(
+            f"failback: the output could not be written whole: {output.stdout.why_incomplete}; make room and ask "
+            "again, what was done stands",
+            soft_wrap=True,
+        )
+        code = code or ExitCode.FAILED
+    for stream in (output.stdout, output.stderr):
         stream.flush()
         if stream.lost:
             stream.detach_descriptor()

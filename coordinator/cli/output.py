@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import io
 import json
 import os
@@ -29,21 +30,36 @@ PIPED_WIDTH = 160
 """Columns of a table that goes into a pipe or file, where no terminal says how wide it is."""
 
 
+NOBODY_READS = frozenset({errno.EPIPE, errno.EIO, errno.EBADF})
+"""A closed pipe, a lost terminal, no stream at all: whoever asked has gone, and misses nothing."""
+
+
 class LastingStream(io.TextIOBase):
-    """Passes text on until that fails (EIO of a lost terminal, EPIPE of a closed pipe, ENOSPC), then drops it."""
+    """Passes text on until that fails, then drops it.
+
+    Attributes:
+        lost: it has failed.
+        why_incomplete: why somebody who reads on would miss something (a full disk, for one); None where nobody does.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
         self.lost = False
+        self.why_incomplete: str | None = None
+
+    def _lose(self, error: OSError | ValueError) -> None:
+        self.lost = True
+        if isinstance(error, OSError) and error.errno not in NOBODY_READS:
+            self.why_incomplete = error.strerror or str(error)
 
     def write(self, text: str) -> int:
         """Write `text`; a stream that is gone takes nothing and says so by `lost` alone."""
         if not self.lost:
             try:
                 self._stream.write(text if self.isatty() else TRAILING.sub("", text))
-            except (OSError, ValueError):
-                self.lost = True
+            except (OSError, ValueError) as error:
+                self._lose(error)
         return len(text)
 
     def flush(self) -> None:
@@ -51,8 +67,8 @@ class LastingStream(io.TextIOBase):
         if not self.lost:
             try:
                 self._stream.flush()
-            except (OSError, ValueError):
-                self.lost = True
+            except (OSError, ValueError) as error:
+                self._lose(error)
 
     def isatty(self) -> bool:
         """Whether people look at it directly."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from coordinator.cli.session import Session
-from coordinator.cli.verb import verb
+from coordinator.cli.verb import TeachingGroup, verb
 from coordinator.pki import Issued, init_ca, issue_agent, issue_coordinator
 
 
@@ -24,7 +24,7 @@ _FOLDER = click.option(
 )
 
 
-@click.group("pki", short_help="Make the certificates of coordinator and agents.")
+@click.group("pki", cls=TeachingGroup, short_help="Make the certificates of coordinator and agents.")
 def command() -> None:
     """Make the certificates by which coordinator and agents know each other.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ from coordinator.errors import Refused
 from coordinator.model import Plan, RunOptions, ShutdownPolicy
 from coordinator.plan import make_plan
 from coordinator.runs import Coordinator
-from coordinator.survey import failover_since, survey
 
 _OPTIONS = (
     click.option("--power-on/--no-power-on", default=True, help="Power the original on at the end (default: on)."),
@@ -71,11 +69,7 @@ def chosen_options(
 async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions) -> Plan:
     """Ask both agents and make the plan; changes nothing."""
     known = await coordinator.get_pair(pair)
-    since_s = failover_since(await coordinator.history(pair))
-    since = (
-        datetime.datetime.fromtimestamp(since_s, tz=datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if since_s else None
-    )
-    return make_plan(known, await survey(coordinator.agents, known, failover_since=since), options)
+    return make_plan(known, await coordinator.findings(pair), options)
 
 
 def refused(plan: Plan) -> Refused:

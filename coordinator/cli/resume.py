@@ -19,9 +19,10 @@ from coordinator.states import TABLE, Verb, check_verb
 @verb("resume", "Go on with an unfinished run.")
 @click.argument("pair", type=PAIR, required=False)
 @click.option("--foreground", is_flag=True, help="Work in this process, even where systemd could do it.")
+@click.option("--unit", is_flag=True, hidden=True, help="Work here, as the pair's unit: exit code 0 at rest.")
 @click.option("--all-unfinished", is_flag=True, hidden=True, help="Every unfinished run; for failback-resume.service.")
 @click.pass_obj
-def command(session: Session, pair: str | None, foreground: bool, all_unfinished: bool) -> int:
+def command(session: Session, pair: str | None, foreground: bool, unit: bool, all_unfinished: bool) -> int:
     """Go on with the unfinished run of PAIR after a crash, a stop or a repaired failure.
 
     Every step that was begun is probed against reality first; nothing whose outcome is unknown is repeated blindly.
@@ -35,6 +36,8 @@ def command(session: Session, pair: str | None, foreground: bool, all_unfinished
         raise UsageError("say which pair to resume, as in `failback resume web1`")
     if pair is None:
         return _resume_all(session, foreground=foreground)
+    if unit:
+        return _work_as_unit(session, pair)
     why_here = "--foreground was given" if foreground else session.why_not_systemd()
     if why_here is None:
         known = session.run(lambda coordinator: coordinator.get_pair(pair))
@@ -43,6 +46,15 @@ def command(session: Session, pair: str | None, foreground: bool, all_unfinished
         session.output.say(f"The run is handed over to {unit_of(pair)}; Ctrl-C ends the watching, not the run.")
         return watch_run(session, "resume", pair, wanted=_aim(known), more={})
     return close(session, "resume", _resume_one(session, pair))
+
+
+def _work_as_unit(session: Session, pair: str) -> int:
+    """The service manager is told whether there is anything to resume, not whether the failback succeeded: a run that
+    rolled back or was cancelled has come to rest, and starting the unit again would only be refused. Whether it
+    succeeded is what `start` and `watch` say."""
+    outcome = _resume_one(session, pair)
+    code = close(session, "resume", outcome)
+    return code if TABLE[outcome.state].unfinished else int(ExitCode.DONE)
 
 
 def _aim(pair: Pair) -> State:

@@ -16,7 +16,30 @@ def _set_json(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         session.as_json = True
 
 
-class Verb(click.Command):
+class Teaching(click.Command):
+    """A command whose help goes where all its words go, so that a full disk is noticed and a lost reader is not."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """click's own, with another hand that writes it."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+class TeachingGroup(Teaching, click.Group):
+    """A verb that has verbs of its own."""
+
+
+def _show_help(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        session = ctx.find_root().obj
+        assert isinstance(session, Session)
+        session.output.stdout.write(ctx.get_help() + "\n")
+        ctx.exit()
+
+
+class Verb(Teaching):
     """A command with ``--json`` of its own."""
 
     def __init__(self, *args: Any, **extra: Any) -> None:

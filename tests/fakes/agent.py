@@ -6,6 +6,7 @@ snapshots. Disks are short byte strings; a running guest writes at every order t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -70,6 +71,7 @@ class FakeFence:
     autostart_before: bool
     pair: str
     run: str
+    targets: tuple[str, ...]
 
 
 @dataclass
@@ -88,6 +90,10 @@ class FakeVm:
     snapshots: dict[str, Content] = field(default_factory=dict)
     ignores_shutdown: bool = False
     fails_to_start: bool = False
+    passthrough: tuple[str, ...] = ()
+    kinds: dict[str, str] = field(default_factory=dict)  # of disks that are no files
+    shareable: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()  # disks whose image another process has open
     boots: int = 0
 
     @property
@@ -116,6 +122,7 @@ class World:
         self.orders: list[tuple[str, Request]] = []
         self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
         self.last_words: Content = {}  # the newest data when the replica went off
+        self.mapping: dict[str, str] = {}  # original's disk to replica's, of the last pass
         self.writes = 0
         self.passes: dict[str, _Meeting] = {}
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
@@ -154,6 +161,15 @@ class World:
                 first = next(iter(vm.disks))
                 vm.disks = {**vm.disks, first: f"{vm.uuid}-{self.writes}".encode()}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> World:
+        """Both hosts as they are now, when the coordinator has just died: no pass goes on, nothing is to go wrong."""
+        twin = World.__new__(World)
+        memo[id(self)] = twin
+        lost = {"passes": {}, "fault": no_fault, "pass_hold": None}
+        kept = {name: value for name, value in self.__dict__.items() if name not in lost}
+        twin.__dict__.update(copy.deepcopy(kept, memo), **lost)
+        return twin
+
     def crash_ends_passes(self) -> None:
         """The coordinator's connections ended: agents cancel what it had asked for."""
         self.passes.clear()
@@ -175,9 +191,12 @@ class World:
             case InspectVm():
                 return self._describe(self.vm(request.vm, host))
             case AskPower():
-                return PowerAnswer(power=self.vm(request.vm_uuid, host).power, images_free=True, holders=())
+                vm = self.vm(request.vm_uuid, host)
+                return PowerAnswer(power=vm.power, images_free=not vm.held, holders=vm.held)
             case AllowPass():
                 self.grants[host, request.grant.grant] = request.grant
+                if request.grant.direction is Direction.SEND:
+                    self.mapping = {disk.peer_target: disk.target for disk in request.grant.disks}
                 return Done()
             case RunPass():
                 return await self._run_pass(host, request, on_progress)
@@ -228,7 +247,7 @@ class World:
         if vm.is_off:
             return PoweredOff(was_running=False, forced=False, elapsed_s=0.0)
         if vm.ignores_shutdown and request.on_timeout is OnTimeout.ABORT:
-            raise AgentRefused(f"the guest {vm.name} still runs", code="shutdown-timeout")
+            raise AgentRefused(f"the VM {vm.uuid} still runs", code="shutdown-timeout")
         vm.power = Power.OFF
         if vm is self.replica:
             self.frozen = dict(vm.disks)
@@ -242,7 +261,11 @@ class World:
             raise AgentRefused(f"libvirt cannot start {vm.name}: no such CPU", code="hypervisor")
         if vm.is_off:
             if vm is self.original:
-                assert vm.disks == self.last_words, "I2: the original starts and is not what the replica last held"
+                copied = {here: self.last_words[there] for here, there in self.mapping.items()}
+                assert copied, "I2: the original starts and nothing was ever copied to it"
+                assert {t: vm.disks[t] for t in copied} == copied, (
+                    "I2: the original starts and is not what the replica last held"
+                )
             else:
                 assert vm.disks == (self.frozen or vm.disks), "I3: the replica starts on other data"
                 self.frozen = None
@@ -256,7 +279,7 @@ class World:
         if not vm.is_off:
             raise AgentRefused(f"{vm.name} is {vm.power.value}; power it off first", code="hypervisor")
         if vm.fence is None:
-            vm.fence = FakeFence(request.side, vm.autostart, request.order.pair, request.order.run)
+            vm.fence = FakeFence(request.side, vm.autostart, request.order.pair, request.order.run, request.targets)
         vm.autostart = False
         return self._fence_description(vm, vm.fence)
 
@@ -302,7 +325,7 @@ class World:
             on_progress(PassProgress(disks=progress))
         self.original.condition, self.original.view = Condition.TORN, None
         assert self.original.fence is not None, "written without a fence"
-        self.original.disks = dict.fromkeys(self.original.disks, b"half")
+        self.original.disks = {**self.original.disks, **{disk.peer_target: b"half" for disk in grant.disks}}
         self.fault(host, request, "midway")
         if self.pass_hold is not None:
             await self.pass_hold.wait()
@@ -345,8 +368,8 @@ class World:
             machine="pc",
             firmware="bios",
             has_tpm=False,
-            passthrough=(),
-            disks=tuple(_disk(target) for target in vm.disks),
+            passthrough=vm.passthrough,
+            disks=tuple(_disk(vm, target) for target in vm.disks),
             snapshots=tuple(SnapshotDescription(name=name, ours=True, external=True) for name in vm.snapshots),
             checkpoints=(),
             job=None,
@@ -360,7 +383,7 @@ class World:
             run=fence.run,
             side=fence.side,
             autostart_before=fence.autostart_before,
-            locked=tuple(vm.disks),
+            locked=fence.targets,
             unlocked=(),
             condition=vm.condition,
             view=vm.view,
@@ -423,11 +446,11 @@ def _host(host: str) -> HostDescription:
     )
 
 
-def _disk(target: str) -> DiskDescription:
+def _disk(vm: FakeVm, target: str) -> DiskDescription:
     image = ImageDescription(
         path=f"/{target}",
         format="raw",
-        identity=target,
+        identity=f"{vm.host}:/{target}",  # two machines never share an inode
         virtual_size_bytes=SIZE_BYTES,
         internal_snapshots=0,
         bitmaps=(),
@@ -438,10 +461,10 @@ def _disk(target: str) -> DiskDescription:
     )
     return DiskDescription(
         target=target,
-        kind="file",
-        chain=(image,),
+        kind=vm.kinds.get(target, "file"),
+        chain=() if target in vm.kinds else (image,),
         sector_bytes=512,
-        shareable=False,
+        shareable=target in vm.shareable,
         readonly=False,
         problem=None,
         free_bytes=1 << 30,

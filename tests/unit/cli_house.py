@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,18 @@ from coordinator.cli.main import cli
 from coordinator.cli.service import Systemd
 from coordinator.cli.session import Session
 from coordinator.config import Config
+from coordinator.model import RunOptions
 from coordinator.runs import Coordinator
-from protocol.messages import VmDescription
-from tests.fakes.agent import FakeVm, World
+from tests.fakes.agent import World
 
 PAIR = "web"
-
-
-class ApartWorld(World):
-    """Two hosts whose images are told apart, as two machines' are."""
-
-    def _describe(self, vm: FakeVm) -> VmDescription:
-        plain = super()._describe(vm)
-        disks = tuple(
-            replace(disk, chain=tuple(replace(image, identity=f"{vm.host}:{image.path}") for image in disk.chain))
-            for disk in plain.disks
-        )
-        return replace(plain, disks=disks)
 
 
 class Command:
     """``failback`` in a folder of its own."""
 
     def __init__(self, folder: Path, world: World | None = None, systemd: Systemd | None = None) -> None:
-        self.world = world or ApartWorld()
+        self.world = world or World()
         self.systemd = systemd or Systemd(runtime_dir=folder / "no-systemd")
         self.config = Config(state_dir=folder / "state", hooks_dir=folder / "hooks.d")
         self.poll_s = 0.01
@@ -64,6 +51,14 @@ class Command:
         result = CliRunner().invoke(cli, list(words), obj=self.session(), input=stdin, prog_name="failback")
         assert "Traceback" not in result.output, result.output
         return result
+
+    def begin(self) -> None:
+        """What `start` does before it hands over: the run is in the journal, nobody works on it."""
+
+        async def begin(coordinator: Coordinator) -> None:
+            await coordinator.start_run(PAIR, RunOptions())
+
+        self.session().run(begin)
 
     def json(self, *words: str, exit_code: int = 0) -> dict[str, Any]:
         """Run it with ``--json``: exactly one object on standard output, nothing on the other stream."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,15 +39,21 @@ def is_crash(error: BaseException) -> bool:
 
 
 class CrashPlan:
-    """Dies at the event of that number (counted from 1); None never. Events: both sides of every write and order."""
+    """Dies at the event of that number (counted from 1); None never. Events: both sides of every write and order.
 
-    def __init__(self, at: int | None = None) -> None:
+    `look`: called at every event with its number, before the process dies or goes on.
+    """
+
+    def __init__(self, at: int | None = None, look: Callable[[int], object] | None = None) -> None:
         self.at = at
         self.seen = 0
+        self._look = look
 
     def event(self) -> None:
         """One more place where a process can die."""
         self.seen += 1
+        if self._look is not None:
+            self._look(self.seen)
         if self.seen == self.at:
             raise Crash(f"event {self.at}")
 
@@ -120,6 +128,16 @@ class House:
                 yield coordinator
         finally:
             self.world.crash_ends_passes()
+
+    def twin(self, folder: Path) -> House:
+        """The same house in another folder: database, VMs and agents as they are now, the coordinator gone.
+
+        Taken in the middle of a process it is what a ``kill -9`` leaves: not even a ``finally`` is run.
+        """
+        shutil.copytree(self.folder, folder)
+        other = copy.deepcopy(self)
+        other.move_to(folder)
+        return other
 
     async def register(self) -> Pair:
         """The pair, in Failover."""

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from coordinator.agents import ask, open_agents
+from coordinator.agents import NamingAgent, ask, open_agents
 from coordinator.config import Config, HostConfig, PkiFiles
 from coordinator.errors import AgentRefused, HostUnreachable, UsageError
+from coordinator.model import VmRef
 from coordinator.pki import init_ca, issue_agent, issue_coordinator
 from protocol.channel import ProgressSink, serve_control
 from protocol.messages import AskPower, Failure, PassReport, Power, PowerAnswer, Reply, Request
@@ -43,7 +44,8 @@ class House:
             return ANSWER
 
         def map_error(_error: Exception) -> Failure:
-            return Failure(code="no-such-domain", sentence="no such VM", facts={"sentence": "odd", "code": 7})
+            facts: dict[str, str | int] = {"sentence": "odd", "code": 7, "vm": "bad"}
+            return Failure(code="no-such-domain", sentence="no VM bad here", facts=facts)
 
         listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
         async with trio.open_nursery() as nursery:
@@ -66,8 +68,8 @@ async def test_an_agent_is_asked_and_refuses_with_its_own_sentence(house: House)
         assert await ask(agent, AskPower(vm_uuid="u"), PowerAnswer) == ANSWER
         with pytest.raises(AgentRefused) as caught:
             await ask(agent, AskPower(vm_uuid="bad"), PowerAnswer)
-        assert (caught.value.code, caught.value.sentence) == ("no-such-domain", "no such VM")
-        assert caught.value.facts == {"sentence": "odd", "code": 7, "host": "prod"}
+        assert (caught.value.code, caught.value.sentence) == ("no-such-domain", "no VM bad here")
+        assert caught.value.facts == {"sentence": "odd", "code": 7, "vm": "bad", "host": "prod"}
 
 
 async def test_an_answer_of_another_kind_is_refused(house: House) -> None:
@@ -110,5 +112,23 @@ async def test_a_lost_connection_is_opened_again_at_the_next_question(house: Hou
 async def test_missing_certificates_are_a_usage_error(tmp_path: Path) -> None:
     files = PkiFiles(ca=tmp_path / "ca.crt", certificate=tmp_path / "c.crt", key=tmp_path / "c.key")
     async with open_agents(Config(pki=files)) as agents:
-        with pytest.raises(UsageError, match=r"c\.crt"):
+        with pytest.raises(
+            UsageError, match=r"c\.crt, .*c\.key are missing; `failback pki init` makes .* pki issue HOST`"
+        ):
             await ask(agents.agent("prod"), AskPower(vm_uuid="u"), PowerAnswer)
+
+
+async def test_a_damaged_certificate_is_named(house: House) -> None:
+    house.pki.certificate.write_text("not PEM")
+    async with open_agents(house.config(1)) as agents:
+        with pytest.raises(UsageError, match=r"coordinator\.crt"):
+            await ask(agents.agent("prod"), AskPower(vm_uuid="u"), PowerAnswer)
+
+
+async def test_sentences_name_the_vm_and_not_its_uuid(house: House) -> None:
+    async with house.serving() as port, open_agents(house.config(port)) as agents:
+        agent = NamingAgent(agents.agent("prod"), VmRef(host="prod", name="web", uuid="bad"))
+        with pytest.raises(AgentRefused) as caught:
+            await ask(agent, AskPower(vm_uuid="bad"), PowerAnswer)
+    assert caught.value.sentence == str(caught.value) == "no VM web here"
+    assert caught.value.facts["vm"] == "bad"

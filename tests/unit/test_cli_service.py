@@ -120,7 +120,7 @@ def unit(name: str) -> configparser.ConfigParser:
 
 def test_the_runs_unit_resumes_and_does_not_repeat_what_repeating_cannot_mend() -> None:
     service = unit("failback@.service")["Service"]
-    assert service["ExecStart"].endswith("failback resume %i --foreground")
+    assert service["ExecStart"].endswith("failback resume %i --unit")
     assert service["Restart"] == "on-failure"
     codes = (ExitCode.USAGE, ExitCode.REFUSED, ExitCode.NEEDS_OPERATOR)
     assert service["RestartPreventExitStatus"].split() == [str(int(code)) for code in codes]

@@ -178,6 +178,22 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("words", [["completion", "bash"], ["--json", "pairs"], ["--help"]], ids=" ".join)
+def test_output_that_is_cut_short_is_an_error(tmp_path: Path, words: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [str(PROGRAM), "--state-dir", str(tmp_path / "state"), *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == ExitCode.FAILED
+    assert done.stderr.startswith("failback: the output could not be written whole: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_session_is_made_by_the_group_when_nobody_gives_one() -> None:
     result = CliRunner().invoke(cli, ["completion", "bash"])
     assert result.exit_code == 0

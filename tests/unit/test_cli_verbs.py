@@ -15,7 +15,6 @@ import trio
 from coordinator.cli.service import ServiceFailed, Systemd
 from coordinator.config import Config
 from coordinator.errors import ExitCode
-from coordinator.model import RunOptions
 from coordinator.runs import Coordinator
 from coordinator.status import PairStatus
 from protocol.messages import FenceVm, Power, Request
@@ -26,8 +25,8 @@ START = ("start", PAIR, "--yes", "--foreground")
 
 
 @pytest.fixture
-def failback(tmp_path: Path) -> Command:
-    return Command(tmp_path)
+def failback(memory_folder: Path) -> Command:
+    return Command(memory_folder)
 
 
 @pytest.fixture
@@ -255,10 +254,7 @@ class TestSystemd:
 
         watcher = _Meddling(taken_over, cancel_once)
 
-        async def begin(coordinator: Coordinator) -> None:
-            await coordinator.start_run(PAIR, RunOptions())
-
-        taken_over.session().run(begin)
+        taken_over.begin()
         unit.start(PAIR)
         result = watcher("--json", "watch", PAIR)
         unit.join()
@@ -287,6 +283,25 @@ class TestSystemd:
         assert not hold.is_set()
         assert taken_over.json("cancel", PAIR)["state"] == "Failover"
         unit.join()
+
+    def test_the_unit_ends_well_when_nothing_is_left_to_resume_and_those_who_watch_are_told(
+        self, taken_over: Command
+    ) -> None:
+        taken_over.world.replica.ignores_shutdown = True
+        taken_over.begin()
+        unit = taken_over("resume", PAIR, "--unit")
+        assert unit.exit_code == ExitCode.DONE, "systemd would start the unit once more"
+        assert "rolled back" in unit.stdout
+        assert taken_over("watch", PAIR).exit_code == ExitCode.FAILED
+        assert taken_over("resume", PAIR, "--unit").exit_code == ExitCode.REFUSED
+
+    def test_the_unit_fails_when_the_run_can_be_resumed(self, taken_over: Command) -> None:
+        taken_over.world.fault = lambda host, request, moment: _cut(request)
+        assert taken_over(*START).exit_code == ExitCode.FAILED
+        assert taken_over("resume", PAIR, "--unit").exit_code == ExitCode.FAILED
+        taken_over.world.fault = lambda host, request, moment: None
+        taken_over.world.original.fails_to_start = True
+        assert taken_over("resume", PAIR, "--unit").exit_code == ExitCode.NEEDS_OPERATOR
 
     def test_a_unit_that_does_not_start_is_told_with_the_way_on(self, taken_over: Command) -> None:
         class Refusing(UnitInThread):

@@ -5,8 +5,6 @@ I1, I2 and I3 are watched by `tests.fakes.agent.World` after every order; I4 is 
 
 from __future__ import annotations
 
-import copy
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -73,14 +71,6 @@ async def prepared(folder: Path, *before: Act) -> House:
     return house
 
 
-def twin(house: House, folder: Path) -> House:
-    """The same house in another folder: database, VMs and agents as they are now."""
-    shutil.copytree(house.folder, folder)
-    other = copy.deepcopy(house)
-    other.move_to(folder)
-    return other
-
-
 def pair_of(house: House) -> Pair:
     return house.read(lambda connection: registry.get_pair(connection, PAIR))
 
@@ -108,12 +98,13 @@ def check_end(house: House) -> None:
     assert (world.replica.fence is None) is (pair.state is State.READY)
 
 
-async def places_in(act: Act, house: House) -> int:
-    """How many places to die `act` has."""
-    plan = CrashPlan()
-    assert not await house.dies(plan, act)
-    check_end(house)
-    return plan.seen
+async def killed_in(act: Act, house: House, folder: Path) -> list[House]:
+    """Let `act` go through, and return the house as it was left at every place where the process could have died."""
+    left: list[House] = []
+    whole = house.twin(folder / "whole")
+    assert not await whole.dies(CrashPlan(look=lambda place: left.append(whole.twin(folder / str(place)))), act)
+    check_end(whole)
+    return left
 
 
 async def finish(house: House, verb: Verb) -> None:
@@ -140,42 +131,35 @@ CASES = [
 
 @pytest.mark.parametrize(("act", "before", "verb"), CASES)
 async def test_killed_anywhere_the_pair_comes_to_rest_with_nothing_lost(
-    tmp_path: Path, act: Act, before: tuple[Act, ...], verb: Verb
+    memory_folder: Path, act: Act, before: tuple[Act, ...], verb: Verb
 ) -> None:
-    start = await prepared(tmp_path / "start", *before)
-    places = await places_in(act, twin(start, tmp_path / "whole"))
-    assert places > 10
+    start = await prepared(memory_folder / "start", *before)
+    places = await killed_in(act, start, memory_folder)
+    assert len(places) > 10
     # Cancel is possible in the first half of a run only: the rest is what the case before it does.
-    for place in range(1, places // 2 if verb is Verb.CANCEL else places + 1):
-        house = twin(start, tmp_path / str(place))
-        assert await house.dies(CrashPlan(place), act), place
+    for house in places[: len(places) // 2] if verb is Verb.CANCEL else places:
         await finish(house, verb)
         check_end(house)
 
 
-async def test_killed_twice_the_pair_still_comes_to_rest(tmp_path: Path) -> None:
-    start = await prepared(tmp_path / "start")
-    places = await places_in(run, twin(start, tmp_path / "whole"))
-    for place in range(1, places + 1, 13):
+async def test_killed_twice_the_pair_still_comes_to_rest(memory_folder: Path) -> None:
+    start = await prepared(memory_folder / "start")
+    places = await killed_in(run, start, memory_folder)
+    for house in places[::13]:
         for again in (3, 23, 41):
-            house = twin(start, tmp_path / f"{place}-{again}")
-            await house.dies(CrashPlan(place), run)
-            if TABLE[pair_of(house).state].unfinished:
-                await house.dies(CrashPlan(again), resume)
-            await finish(house, Verb.RESUME)
-            check_end(house)
+            second = house.twin(house.folder.with_name(f"{house.folder.name}-{again}"))
+            if TABLE[pair_of(second).state].unfinished:
+                await second.dies(CrashPlan(again), resume)
+            await finish(second, Verb.RESUME)
+            check_end(second)
 
 
-async def test_killed_after_the_point_of_no_return_undo_is_for_a_person_who_was_asked(tmp_path: Path) -> None:
-    start = await prepared(tmp_path / "start")
-    places = await places_in(run, twin(start, tmp_path / "whole"))
+async def test_killed_after_the_point_of_no_return_undo_is_for_a_person_who_was_asked(memory_folder: Path) -> None:
+    start = await prepared(memory_folder / "start")
     asked = 0
-    for place in range(1, places + 1, 4):
-        house = twin(start, tmp_path / str(place))
-        await house.dies(CrashPlan(place), run)
+    for house in (await killed_in(run, start, memory_folder))[::4]:
         house.world.original.fails_to_start = True
-        pair = pair_of(house)
-        if TABLE[pair.state].unfinished:
+        if TABLE[pair_of(house).state].unfinished:
             async with house.process() as coordinator:
                 await resume(coordinator)
         if pair_of(house).state is State.NEEDS_OPERATOR:

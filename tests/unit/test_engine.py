@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
-from coordinator.errors import AgentRefused, ExitCode, PairBusy, UsageError, WrongState
+from coordinator.errors import AgentRefused, CoordinatorError, ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Event, Progressed, StateChanged, StepFailed
 from coordinator.hooks import HookFailed
 from coordinator.model import Newest, RestorePoint, RunOptions, ShutdownPolicy, State
@@ -18,8 +19,8 @@ from tests.unit.coordinator_house import PAIR, REQUEST, House
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> House:
-    made = House(tmp_path / "state")
+async def house(memory_folder: Path) -> House:
+    made = House(memory_folder / "state")
     await made.register()
     return made
 
@@ -269,7 +270,8 @@ class TestFailures:
             await coordinator.start_run(PAIR, RunOptions())
             outcome = await coordinator.execute_run(PAIR)
             assert (outcome.state, outcome.exit_code) == (State.FAILOVER, ExitCode.FAILED)
-            assert "still runs" in outcome.sentence
+            assert "the VM web still runs" in outcome.sentence
+            assert "may still power off later: look with `virsh domstate web` on dr" in outcome.sentence
             assert not house.world.replica.is_off
             await coordinator.start_run(PAIR, RunOptions(shutdown_policy=ShutdownPolicy.FORCE))
             assert (await coordinator.execute_run(PAIR)).state is State.FAILBACK
@@ -291,10 +293,13 @@ class TestFailures:
         assert outcome.report is not None
         assert outcome.report.outcome == "rolled-back"
 
-    async def test_the_replica_comes_back_although_the_original_host_died_in_the_last_pass(self, house: House) -> None:
+    @pytest.mark.parametrize("silence", [unreachable("prod"), AgentRefused("no answer in time", code="timed-out")])
+    async def test_the_replica_comes_back_although_the_original_host_died_in_the_last_pass(
+        self, house: House, silence: CoordinatorError
+    ) -> None:
         def died(host: str, _request: Request, _moment: str) -> None:
             if house.world.replica.is_off and host == "prod":
-                raise unreachable(host)
+                raise silence
 
         async with house.process() as coordinator:
             await coordinator.start_run(PAIR, RunOptions())
@@ -434,15 +439,17 @@ class TestTwoProcesses:
             house.world.epochs["prod"] = 99
             with pytest.raises(AgentRefused) as caught:
                 await coordinator.execute_run(PAIR)
-        assert caught.value.code == "stale-epoch"
+        assert (caught.value.code, caught.value.exit_code) == ("stale-epoch", ExitCode.REFUSED)
 
 
 class TestRegistration:
     async def test_a_pair_is_registered_once(self, house: House) -> None:
         async with house.process() as coordinator:
-            with pytest.raises(UsageError, match="already"):
-                await coordinator.register_pair(REQUEST)
+            before = await coordinator.get_pair(PAIR)
+            assert await coordinator.register_pair(REQUEST) == before
             assert [pair.name for pair in await coordinator.list_pairs()] == [PAIR]
+            with pytest.raises(UsageError, match="belongs to the pair web"):
+                await coordinator.register_pair(replace(REQUEST, name="another"))
 
     async def test_an_unknown_pair_is_named_in_the_error(self, house: House) -> None:
         async with house.process() as coordinator:

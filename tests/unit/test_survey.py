@@ -13,8 +13,7 @@ from coordinator.plan import make_plan
 from coordinator.survey import survey
 from protocol.errors import PeerEnded
 from protocol.messages import HostDescription, InspectVm, Request, VmDescription
-from tests.fakes.agent import unreachable
-from tests.unit.cli_house import ApartWorld
+from tests.fakes.agent import World, unreachable
 from tests.unit.plan_cases import PAIR
 
 REGISTERED = replace(
@@ -25,7 +24,7 @@ REGISTERED = replace(
 
 
 async def test_both_sides_are_described_and_nothing_is_ordered() -> None:
-    world = ApartWorld()
+    world = World()
     findings = await survey(world, REGISTERED)
     assert isinstance(findings.original.host, HostDescription)
     assert isinstance(findings.replica.vm, VmDescription)
@@ -35,7 +34,7 @@ async def test_both_sides_are_described_and_nothing_is_ordered() -> None:
 
 
 async def test_both_hosts_that_do_not_answer_are_told_at_once() -> None:
-    world = ApartWorld()
+    world = World()
 
     def nobody(host: str, _request: Request, _moment: str) -> None:
         raise unreachable(host)
@@ -49,7 +48,7 @@ async def test_both_hosts_that_do_not_answer_are_told_at_once() -> None:
 
 
 async def test_a_vm_that_is_gone_and_one_that_was_redefined_are_told_apart() -> None:
-    world = ApartWorld()
+    world = World()
     world.original.uuid = "u-other"
     plan = make_plan(REGISTERED, await survey(world, REGISTERED), RunOptions())
     assert [refusal.code for refusal in plan.refusals] == ["vm-redefined"]
@@ -62,7 +61,7 @@ async def test_a_vm_that_is_gone_and_one_that_was_redefined_are_told_apart() -> 
 
 
 async def test_an_agent_of_another_version_is_told_as_that() -> None:
-    world = ApartWorld()
+    world = World()
 
     def old_agent(host: str, _request: Request, _moment: str) -> None:
         if host == "dr":
@@ -75,7 +74,7 @@ async def test_an_agent_of_another_version_is_told_as_that() -> None:
 
 
 async def test_an_inspection_that_fails_is_a_finding() -> None:
-    world = ApartWorld()
+    world = World()
 
     def hanging(host: str, request: Request, _moment: str) -> None:
         if host == "prod" and isinstance(request, InspectVm):
@@ -88,7 +87,7 @@ async def test_an_inspection_that_fails_is_a_finding() -> None:
 
 
 async def test_our_own_unreadable_certificate_is_an_error_and_no_finding() -> None:
-    world = ApartWorld()
+    world = World()
 
     def unreadable(_host: str, _request: Request, _moment: str) -> None:
         raise UsageError("the key cannot be read")
