@@ -313,8 +313,8 @@ def main(path: Path, check_config: bool) -> None:
     A configuration, /etc/failback/agent.toml:
       name = "prod1"
       [tls]
-      ca = "/etc/failback/pki/ca.pem"
-      certificate = "/etc/failback/pki/prod1.pem"
+      ca = "/etc/failback/pki/ca.crt"
+      certificate = "/etc/failback/pki/prod1.crt"
       key = "/etc/failback/pki/prod1.key"
     """
     _set_up_logging()

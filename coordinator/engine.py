@@ -342,7 +342,9 @@ class Engine:
         match state:
             case State.FAILBACK:
                 power = "runs" if context.options.power_on else "is verified and off"
-                sentence = f"{name} has failed back: the original {power}; `failback commit {name}` or undo"
+                sentence = (
+                    f"{name} has failed back: the original {power}; `failback commit {name}` or `failback undo {name}`"
+                )
             case State.READY:
                 sentence = f"{name} is committed: the original is in use, the replica stands by"
             case State.FAILOVER if run.outcome == "rolled-back":

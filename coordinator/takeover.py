@@ -135,7 +135,8 @@ def take_over(
     to = _destination(before, verb)
     if verb is Verb.COMMIT:
         record = RestorePointRecord(restore_point=restore_point or RestorePoint.KEEP)
-        note(connection, pair, author, EntryKind.NOTE, RESTORE_POINT, record=record)
+        sentence = f"the protective snapshot: {record.restore_point.value}"
+        note(connection, pair, author, EntryKind.NOTE, RESTORE_POINT, sentence=sentence, record=record)
     if before.state is State.NEEDS_OPERATOR:
         note(connection, pair, author, EntryKind.NOTE, OPERATOR_SAID_GO_ON, sentence=f"{verb.value} by {author.actor}")
     if to is not None:

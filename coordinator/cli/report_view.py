@@ -168,7 +168,8 @@ def show_report(output: Output, report: ClosingReport) -> None:
     if report.reason:
         rows.append(("Reason", report.reason))
     sent, whole = total_sent(report), total_size(report)
-    rows.append(("Sent", f"{human.size(sent)} for {human.size(whole)} of disk"))
+    if report.disks:  # a run that ended before its first pass has nothing to say here
+        rows.append(("Sent", f"{human.size(sent)} for {human.size(whole)} of disk"))
     rows.append(("Downtime", human.duration(report.downtime_s) if report.downtime_s is not None else "none yet"))
     output.show(facts(rows))
 
