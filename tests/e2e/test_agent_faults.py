@@ -112,8 +112,9 @@ def test_a_replica_whose_qemu_dies_in_the_first_pass_is_told_and_loses_nothing(s
         _kill_qemu(pair)
     assert run.wait(RUN_ENDS_WITHIN_S) != 0
     agent = site.agents["dr"]
-    failed = [line for line in _log(agent) if line["event"] == "request failed"]
-    assert [(line["code"], line["pair"]) for line in failed] == [("view-lost", pair.name)]
+    ours = (line for line in _log(agent) if line.get("pair") == pair.name)  # the agent has served other tests too
+    failed = [line for line in ours if line["event"] == "request failed"]
+    assert [line["code"] for line in failed] == ["view-lost"]
     assert "stopped in the middle of the pass" in failed[0]["reason"]
     assert "stopped" in (site.folder / "failback.log").read_text().splitlines()[-1]
     assert not pair.replica.is_running()
