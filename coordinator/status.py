@@ -29,6 +29,7 @@ class PairStatus:
         progress: latest picture of the pass under way; None outside a pass.
         downtime_s: so far, while the replica is down for the switchover; the final one afterwards; None without.
         view: the last view opened in the run.
+        outcome, reason: how the run ended (see `coordinator.entries.RunRecord`); None and empty while it has not.
     """
 
     pair: Pair
@@ -47,6 +48,8 @@ class PairStatus:
     downtime_s: float | None
     view: str | None
     operator: OperatorCall | None
+    outcome: str | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,7 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
     """The status of that pair; `active`: some process holds its lock."""
     pair = registry.get_pair(connection, name)
     log = RunLog(journal.entries(connection, name, pair.run) if pair.run is not None else ())
+    run = journal.get_run(connection, pair.run) if pair.run is not None else None
     unfinished = TABLE[pair.state].unfinished
     under_way = log.open_step() if unfinished else None
     begun = None
@@ -89,6 +93,8 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         downtime_s=downtime_s(log, now_s if unfinished else None),
         view=_last_view(log),
         operator=pair.operator,
+        outcome=run.outcome if run is not None else None,
+        reason=run.reason if run is not None else "",
     )
 
 

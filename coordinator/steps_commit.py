@@ -6,8 +6,9 @@ from coordinator.agents import ask
 from coordinator.context import RunContext
 from coordinator.hooks import Hook
 from coordinator.model import RestorePoint
-from coordinator.records import HooksRecord, Nothing, RestorePointRecord
+from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
+from coordinator.steps_switch import FenceReplica
 from protocol.messages import Done, LiftFence, Side, Unprotect
 
 RESTORE_POINT = "restore_point"
@@ -40,9 +41,16 @@ class ReleaseReplica(Step):
     sentence = "lift the fence of the replica, restore its autostart"
 
     async def do(self, context: RunContext) -> Nothing:
-        """Release it."""
+        """Release it; say so where its host will start it by itself from now on."""
         lift = LiftFence(order=context.order, vm_uuid=context.pair.replica.uuid, restore_autostart=True)
         await ask(context.source, lift, Done)
+        fenced = context.log.result(FenceReplica.name, FenceRecord)
+        if fenced is not None and fenced.autostart_before:
+            vm = context.pair.replica
+            await context.notice(
+                f"the replica's autostart is on again, as before the run: `virsh autostart --disable {vm.name}` on "
+                f"{vm.host} if it must not come up beside the original when that host boots"
+            )
         return Nothing()
 
 

@@ -71,3 +71,8 @@ def rung(code: str) -> str:
 def step(name: str) -> str:
     """A step's name as a person reads it: ``first_pass`` is ``first pass``."""
     return name.replace("_", " ")
+
+
+def outcome(name: str | None) -> str:
+    """How a run ended: ``rolled-back`` is ``rolled back``."""
+    return "not final" if name is None else name.replace("-", " ")

@@ -105,7 +105,12 @@ def show_status(output: Output, status: PairStatus) -> None:
     ]
     if status.run is not None:
         working = "a process works on it" if status.active else "no process works on it"
-        rows.append(("Run", f"{status.run}, {working}" if _unfinished(status) else status.run))
+        if _unfinished(status):
+            rows.append(("Run", f"{status.run}, {working}"))
+        else:
+            rows.append(("Last run", f"{status.run}, {human.outcome(status.outcome)}"))
+            if status.outcome is not None and status.reason:
+                rows.append(("Reason", status.reason))
     if status.step is not None:
         since = f", for {human.duration(max(0.0, time.time() - status.step_since_s))}" if status.step_since_s else ""
         rows.append(
@@ -164,7 +169,7 @@ def show_report(output: Output, report: ClosingReport) -> None:
     if report.steps:
         output.show(steps)
         output.say()
-    rows = [("Run", f"{report.run} ({report.outcome or 'not final'})")]
+    rows = [("Run", f"{report.run} ({human.outcome(report.outcome)})")]
     if report.reason:
         rows.append(("Reason", report.reason))
     sent, whole = total_sent(report), total_size(report)

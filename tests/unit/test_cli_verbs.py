@@ -160,6 +160,9 @@ class TestARun:
         watched = taken_over("watch", PAIR)
         assert watched.exit_code == ExitCode.FAILED
         assert "rolled-back" in watched.stdout
+        looked = taken_over("status", PAIR).stdout
+        assert re.search(r"Last run +r\w+, rolled back", looked)
+        assert "web may still power off later" in looked
 
     def test_an_original_that_does_not_start_needs_an_operator(self, taken_over: Command) -> None:
         taken_over.world.original.fails_to_start = True

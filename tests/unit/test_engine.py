@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from coordinator.errors import AgentRefused, CoordinatorError, ExitCode, PairBusy, UsageError, WrongState
-from coordinator.events import Event, Progressed, StateChanged, StepFailed
+from coordinator.events import Event, Notice, Progressed, StateChanged, StepFailed
 from coordinator.hooks import HookFailed
 from coordinator.model import Newest, RestorePoint, RunOptions, ShutdownPolicy, State
 from protocol.messages import Condition, FenceVm, LiftFence, OpenView, Power, PowerOn, Protect, Request, RunPass
@@ -79,7 +79,8 @@ class TestTheWayHome:
         async with house.process() as coordinator:
             await coordinator.start_run(PAIR, RunOptions())
             await coordinator.execute_run(PAIR)
-            outcome = await coordinator.commit(PAIR, kept)
+            seen: list[Event] = []
+            outcome = await coordinator.commit(PAIR, kept, observer=seen.append)
             again = await coordinator.commit(PAIR, kept)
             pair = await coordinator.get_pair(PAIR)
         assert outcome.state is again.state is State.READY
@@ -87,6 +88,7 @@ class TestTheWayHome:
         assert house.world.replica.fence is None
         assert house.world.replica.autostart
         assert bool(house.world.replica.snapshots) is (kept is RestorePoint.KEEP)
+        assert any(isinstance(event, Notice) and "autostart --disable web` on dr" in event.sentence for event in seen)
         assert (pair.newest, pair.flag.condition, pair.original_autostart) == (Newest.ORIGINAL, "intact", None)
         assert outcome.report is not None
         assert outcome.report.outcome == "committed"
