@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from coordinator.agents import QUESTION_TIMEOUT_S, Agent, AgentDirectory, NamingAgent, ask
 from coordinator.errors import Refused, UsageError
 from coordinator.findings import held_images
@@ -20,7 +18,6 @@ from coordinator.model import (
 from coordinator.steps import IS_OFF
 from protocol.messages import (
     AskPower,
-    FenceDescription,
     InspectVm,
     Power,
     PowerAnswer,
@@ -28,15 +25,7 @@ from protocol.messages import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LookedUp:
-    """A pair as it would be registered, and the fence that stands on its original."""
-
-    pair: Pair
-    fence: FenceDescription | None
-
-
-async def look_up_pair(agents: AgentDirectory, request: PairRequest) -> LookedUp:
+async def look_up_pair(agents: AgentDirectory, request: PairRequest) -> Pair:
     """Inspect both VMs and map their disks; the registry is not asked.
 
     Raises:
@@ -66,7 +55,7 @@ async def look_up_pair(agents: AgentDirectory, request: PairRequest) -> LookedUp
     )
     if request.in_failover:
         await prove_failover(agents, pair)
-    return LookedUp(pair=pair, fence=original.fence)
+    return pair
 
 
 async def prove_failover(agents: AgentDirectory, pair: Pair) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from coordinator.errors import UsageError, WrongState
 from coordinator.model import DiskPair, Newest, OriginalFlag, Pair, PairRequest, State, VmRef
 from coordinator.states import describe
-from protocol.messages import Condition, FenceDescription, VmDescription
+from protocol.messages import Condition, VmDescription
 
 CHANGEABLE = frozenset({State.READY, State.FAILOVER})
 """States without a run: only then may a pair be registered again."""
@@ -80,11 +80,11 @@ def _listed(targets: Sequence[str]) -> str:
     return ", ".join(targets) or "none"
 
 
-def revised(old: Pair, new: Pair, fence: FenceDescription | None) -> Pair:
+def revised(old: Pair, new: Pair) -> Pair:
     """The known pair `old`, registered again as `new`; its state, history and the truth about its disks stay.
 
     The side that holds the newest data stays the same VM (by name or UUID: it may have been defined anew); the other
-    one may be replaced. `fence` is the one that stands on the original now.
+    one may be replaced.
 
     Raises:
         WrongState: a run is under way or not final.
@@ -108,13 +108,6 @@ def revised(old: Pair, new: Pair, fence: FenceDescription | None) -> Pair:
             f"the original's disk {', '.join(sorted(before - after))} is torn (an earlier run wrote to it and did not "
             f"finish) and must stay mapped: fail {old.name} back first, then change the mapping",
             code="disk-torn",
-        )
-    if fence is not None and fence.pair == old.name and {*fence.locked, *fence.unlocked} != after:
-        fenced = ", ".join(sorted({*fence.locked, *fence.unlocked}))
-        raise UsageError(
-            f"the original is fenced by an earlier run with its disks {fenced}: leave those mapped and no others "
-            f"(--exclude-disk for what is new), fail {old.name} back, then change the mapping",
-            code="disk-fenced",
         )
     same_original = old.original.uuid == new.original.uuid
     return replace(

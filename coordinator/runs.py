@@ -101,12 +101,10 @@ class Coordinator:
             UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so;
                 `WrongState`: a run of the known pair is under way or not final.
         """
-        found = await look_up_pair(self.agents, request)
+        pair = await look_up_pair(self.agents, request)
         author = self._author()
         return await self._db.write(
-            lambda connection: takeover.register(
-                connection, found.pair, found.fence, author, in_failover=request.in_failover
-            )
+            lambda connection: takeover.register(connection, pair, author, in_failover=request.in_failover)
         )
 
     async def record_failover(self, pair: str) -> Pair:

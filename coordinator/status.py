@@ -117,8 +117,10 @@ def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:
             "hand since the switchover stays behind on its disks",
         )
     ran_s = max(0.0, now_s - begun.at_s)
+    sure = log.is_done("original_on")
     return UndoForecast(
         original_ran_s=ran_s,
-        sentence=f"the original {name} has been in use for {ran_s:.0f} s since the switchover: everything written on "
+        sentence=f"the original {name} {'has been' if sure else 'may have been'} in use for {ran_s:.0f} s since the "
+        "switchover: everything written on "
         "it since then stays behind on its disks, and the replica serves again what it held when it went off",
     )

@@ -17,7 +17,6 @@ from coordinator.runlog import RunLog
 from coordinator.states import Verb, check_verb
 from coordinator.steps_commit import RESTORE_POINT
 from coordinator.steps_sync import OPERATOR_SAID_GO_ON
-from protocol.messages import FenceDescription
 
 TAKES_BACK = {Verb.UNDO: State.UNDOING, Verb.CANCEL: State.CANCELLING}
 REASONS = {Verb.UNDO: "undone by the administrator", Verb.CANCEL: "cancelled by the administrator"}
@@ -69,16 +68,14 @@ def note(
     journal.append(connection, entry)
 
 
-def register(
-    connection: Connection, pair: Pair, fence: FenceDescription | None, author: Author, *, in_failover: bool
-) -> Pair:
+def register(connection: Connection, pair: Pair, author: Author, *, in_failover: bool) -> Pair:
     """Take a pair in, or change the one of that name; with `in_failover`, which has been proven, on to Failover."""
     known = registry.find_pair(connection, pair.name)
     if known is None:
         registry.add_pair(connection, pair)
         note(connection, pair, author, EntryKind.STATE, pair.state.value, run="", sentence="registered")
     else:
-        pair = revised(known, pair, fence)
+        pair = revised(known, pair)
         registry.change_pair(connection, pair)
         sentence = f"registered again: {mapping_words(pair)}"
         note(connection, pair, author, EntryKind.NOTE, "", run="", sentence=sentence)

@@ -280,6 +280,7 @@ class World:
             raise AgentRefused(f"{vm.name} is {vm.power.value}; power it off first", code="hypervisor")
         if vm.fence is None:
             vm.fence = FakeFence(request.side, vm.autostart, request.order.pair, request.order.run, request.targets)
+        vm.fence.targets = request.targets
         vm.autostart = False
         return self._fence_description(vm, vm.fence)
 

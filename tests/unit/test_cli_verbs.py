@@ -17,7 +17,7 @@ from coordinator.config import Config
 from coordinator.errors import ExitCode
 from coordinator.runs import Coordinator
 from coordinator.status import PairStatus
-from protocol.messages import FenceVm, Power, Request
+from protocol.messages import FenceVm, Power, Request, RunPass
 from tests.fakes.agent import unreachable
 from tests.unit.cli_house import PAIR, Command, UnitInThread, resume_here
 
@@ -132,6 +132,21 @@ class TestARun:
         assert "50% of 2.00 MiB" in result.stdout
         assert re.search(r"vda +first +1.00 MiB +768 KiB +4.00 KiB +0.98 KiB +4.50 KiB", result.stdout)
         assert "full digests (matched, xxh3-128)" in result.stdout
+
+    def test_ctrl_c_in_the_first_pass_stops_there_and_prints_the_line_that_goes_on(self, taken_over: Command) -> None:
+        def press(_host: str, request: Request, moment: str) -> None:
+            if isinstance(request, RunPass) and moment == "midway":
+                signal.raise_signal(signal.SIGINT)
+
+        taken_over.world.pass_hold = trio.Event()
+        taken_over.world.fault = press
+        result = taken_over(*START)
+        assert result.exit_code == ExitCode.FAILED
+        assert "SIGINT: stopping at the next safe boundary" in result.stdout
+        assert result.stdout.rstrip().endswith("`failback resume web` goes on, `failback cancel web` gives up")
+        taken_over.world.pass_hold = None
+        taken_over.world.fault = lambda *_: None
+        assert taken_over.json("resume", PAIR)["state"] == "Failback"
 
     def test_no_power_on_leaves_the_original_off(self, taken_over: Command) -> None:
         taken_over.json(*START, "--no-power-on")

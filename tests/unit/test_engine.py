@@ -321,6 +321,7 @@ class TestFailures:
             assert pair.operator.exits == ("resume", "undo")
             assert house.world.replica.is_off
             assert (await coordinator.resume(PAIR)).state is State.NEEDS_OPERATOR
+            assert "web may have been in use for" in (await coordinator.forecast_undo(PAIR)).sentence
             assert (await coordinator.undo(PAIR)).state is State.FAILOVER
             assert not house.world.replica.is_off
 
