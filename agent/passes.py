@@ -10,20 +10,27 @@ import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
-from agent.sync.conversation import Conversation
+from agent.sync.buffers import BufferPool, Windows
+from agent.sync.conversation import Conversation, Lane
 from agent.sync.meter import Meter
+from agent.sync.rate import Limits
 from agent.sync.source import SourcePass
 from agent.sync.target import TargetPass
-from agent.threads import Threads
+from agent.sync.tuning import Tuning
+from agent.threads import Threads, cores
 from protocol.bulk import BulkSocket
-from protocol.errors import PeerViolation
+from protocol.errors import ConnectionLost, PeerViolation
+from protocol.lanes import lanes_wanted
+from protocol.limits import MAX_LANES
 from protocol.messages import (
     BulkHello,
+    BulkWelcome,
     Direction,
     DiskReport,
     Grant,
@@ -33,20 +40,19 @@ from protocol.messages import (
     PassVerified,
 )
 
-WINDOW_BYTES = 32 << 20
-"""Block data that may be unacknowledged on one connection: fills a 25 Gbit/s link over 10 ms."""
-AHEAD_BYTES = 512 << 20
-"""Disk that may be asked for ahead of the answers: at 100 ms round trip, enough for 5 GB/s."""
+AHEAD_BYTES = 1 << 30
+"""Data that may be asked about ahead of the answers on one connection: never what holds a source back, which has less
+memory than that, and a bound for the questions that wait here."""
 DISKS_AT_ONCE = 8
-"""Disks of one pass that are worked on side by side, the rest in their turn: each costs the source four batches of
-memory, the target a window and as much again."""
-BATCH_BYTES = 8 << 20
-"""Data of one batch: large requests for storage, few thread hops, four buffers of it for each disk."""
+"""Disks of this host that are sent side by side, the rest in their turn: they share the batch buffers, and more of them
+would only take turns at those."""
 PROGRESS_EVERY_S = 0.5
 ARRIVAL_TIMEOUT_S = 120.0
 """How long a receiving pass waits for the source agent to connect when it works on no disk."""
 
 Progress = Callable[[PassProgress], Awaitable[None]]
+Connect = Callable[[GrantedDisk, int], tuple[BulkSocket, BulkWelcome]]
+"""Opens a connection for one disk with that digest seed; blocks."""
 
 
 @dataclass(eq=False)
@@ -74,17 +80,15 @@ class Session:
     def __post_init__(self) -> None:
         if self.grant.direction is Direction.RECEIVE:
             for disk in self.grant.disks:
-                self.arrivals[disk.target], self.waiting[disk.target] = trio.open_memory_channel(1)
+                self.arrivals[disk.target], self.waiting[disk.target] = trio.open_memory_channel(MAX_LANES)
 
     def close(self) -> None:
         """Hang up on connections that came and were never taken."""
         for channel in self.waiting.values():
-            try:
-                channel.receive_nowait()[0].close()
-            except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-                continue
-            finally:
-                channel.close()
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+                while True:
+                    channel.receive_nowait()[0].close()
+            channel.close()
 
 
 @dataclass
@@ -92,7 +96,10 @@ class PassDesk:
     """All grants of this agent, one for each pair at a time."""
 
     threads: Threads
+    buffers: BufferPool = field(default_factory=BufferPool)
+    windows: Windows = field(default_factory=Windows)
     _sessions: dict[str, Session] = field(default_factory=dict)
+    _at_once: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(DISKS_AT_ONCE))
 
     async def allow(self, order: Order, grant: Grant) -> None:
         """Store the grant in place of the pair's former one, whose pass (if it runs) is ended first."""
@@ -172,7 +179,6 @@ class PassDesk:
                 channel.send_nowait((connection, hello))
             except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
                 break
-            channel.close()  # one connection for each granted disk
             return
         sentence = "no pass is granted to this certificate for that disk and number, or it was used already"
         await self.threads.on_network(lambda: connection.refuse("forbidden", sentence))
@@ -191,44 +197,41 @@ class PassDesk:
         session.idle_since = trio.current_time()
 
         async def one(granted: GrantedDisk, meter: Meter) -> None:
-            connection, hello = await _arrival(session, granted.target)
+            first, hello = await _arrival(session, granted.target)
             session.working += 1
+            arrived = Arrivals(self, session, granted.target, hello.digest_seed)
             try:
-                await self.threads.on_network(
-                    lambda: connection.welcome(window_bytes=WINDOW_BYTES, ahead_bytes=AHEAD_BYTES)
-                )
-                await TargetPass(
+                await arrived.welcome(first)
+                target = TargetPass(
                     disk=disks[granted.target],
                     source_size_bytes=granted.source_size_bytes,
                     target_size_bytes=granted.target_size_bytes,
-                    talk=Conversation(granted.target, connection, self.threads),
+                    talk=Conversation(granted.target, self.threads, [Lane(first)]),
                     seed=hello.digest_seed,
-                    ahead_bytes=AHEAD_BYTES,
+                    buffers=self.buffers,
+                    limits=session.limits,
                     before_first_write=before_first_write,
                     meter=meter,
-                ).run()
+                )
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(arrived.let_join, target)
+                    await target.run()
+                    nursery.cancel_scope.cancel()
             finally:
                 session.working -= 1
                 session.idle_since = trio.current_time()
-                await self._hang_up(connection)
+                await arrived.hang_up()
 
         return await self._all(session, one, progress)
 
     async def send(
-        self,
-        session: Session,
-        disks: dict[str, Disk],
-        connect: Callable[[GrantedDisk, int], tuple[BulkSocket, int]],
-        progress: Progress,
+        self, session: Session, disks: dict[str, Disk], connect: Connect, progress: Progress
     ) -> tuple[DiskReport, ...]:
-        """Carry out a granted SEND pass from opened views. `connect` (blocking) opens the connection for one disk with
-        that digest seed and returns it with the `ahead_bytes` its welcome granted."""
-
-        at_once = trio.CapacityLimiter(DISKS_AT_ONCE)
+        """Carry out a granted SEND pass from opened views."""
 
         async def one(granted: GrantedDisk, meter: Meter) -> None:
-            async with at_once:
-                verified = await self._send_disk(granted, disks[granted.target], meter, connect)
+            async with self._at_once:
+                verified = await self._send_disk(session, granted, disks[granted.target], meter, connect)
             if verified.verified_bytes < meter.changed_bytes:
                 raise PeerViolation(
                     f"the target verified {verified.verified_bytes} bytes of disk {granted.target} "
@@ -241,30 +244,42 @@ class PassDesk:
         return await self._all(session, one, progress)
 
     async def _send_disk(
-        self,
-        granted: GrantedDisk,
-        disk: Disk,
-        meter: Meter,
-        connect: Callable[[GrantedDisk, int], tuple[BulkSocket, int]],
+        self, session: Session, granted: GrantedDisk, disk: Disk, meter: Meter, connect: Connect
     ) -> PassVerified:
         seed = secrets.randbits(64)
-        connection, ahead_bytes = await self.threads.connecting(
-            lambda: connect(granted, seed), lambda made: made[0].close()
-        )
+        connections: list[BulkSocket] = []
+        tuning = self.tunings.of(session.grant.vm_uuid, granted.target)
         try:
+            welcome = await self._connect(connections, granted, seed, connect)
+            wanted = lanes_wanted(connections[0].link().rtt_s, cores(), welcome.lanes)
+            for _ in range(wanted - 1):
+                await self._connect(connections, granted, seed, connect)
+            meter.lanes = len(connections)
             return await SourcePass(
                 disk=disk,
                 size_bytes=granted.source_size_bytes,
-                talk=Conversation(granted.target, connection, self.threads),
+                talk=Conversation(granted.target, self.threads, [Lane(connection) for connection in connections]),
                 seed=seed,
-                ahead_bytes=ahead_bytes,
-                batch_bytes=BATCH_BYTES,
+                ahead_bytes=welcome.ahead_bytes,
+                buffers=self.buffers,
+                limits=session.limits,
+                tuning=tuning,
                 meter=meter,
             ).run()
         finally:
-            await self._hang_up(connection)
+            for connection in connections:
+                await self.hang_up(connection)
 
-    async def _hang_up(self, connection: BulkSocket) -> None:
+    async def _connect(
+        self, connections: list[BulkSocket], granted: GrantedDisk, seed: int, connect: Connect
+    ) -> BulkWelcome:
+        connection, welcome = await self.threads.connecting(
+            lambda: connect(granted, seed), lambda made: made[0].close()
+        )
+        connections.append(connection)
+        return welcome
+
+    async def hang_up(self, connection: BulkSocket) -> None:
         """Closing waits a moment for the peer to read our last word: not on the thread that serves everybody."""
         with trio.CancelScope(shield=True):
             await self.threads.on_network(connection.close)
@@ -301,6 +316,45 @@ class PassDesk:
         if failures:
             raise failures[0]
         return tuple(meter.report() for meter in meters.values())
+
+
+@dataclass
+class Arrivals:
+    """The connections of one disk of a receiving pass: each is welcomed with a window, and hung up on at the end."""
+
+    desk: PassDesk
+    session: Session
+    target: str
+    seed: int
+    _taken: list[tuple[BulkSocket, int]] = field(default_factory=list)
+
+    async def welcome(self, connection: BulkSocket) -> None:
+        """Let it in."""
+        window_bytes = self.desk.windows.lease()
+        self._taken.append((connection, window_bytes))
+        await self.desk.threads.on_network(
+            lambda: connection.welcome(window_bytes=window_bytes, ahead_bytes=AHEAD_BYTES, lanes=MAX_LANES)
+        )
+
+    async def let_join(self, target: TargetPass) -> None:
+        """Let further connections of the disk take part in its pass."""
+        while True:
+            connection, hello = await self.session.waiting[self.target].receive()
+            if hello.digest_seed != self.seed or len(self._taken) == MAX_LANES:
+                sentence = f"the pass of disk {self.target} takes no more connections, or not this one"
+                await self.desk.threads.on_network(partial(connection.refuse, "forbidden", sentence))
+                continue
+            # One that is lost at once is the source's to tell: it has counted it.
+            with contextlib.suppress(ConnectionLost):
+                await self.welcome(connection)
+                target.join(connection)
+
+    async def hang_up(self) -> None:
+        """The pass is over."""
+        for connection, window_bytes in self._taken:
+            await self.desk.hang_up(connection)
+            self.desk.windows.give_back(window_bytes)
+        self._taken.clear()
 
 
 async def _arrival(session: Session, target: str) -> tuple[BulkSocket, BulkHello]:

@@ -14,11 +14,11 @@ from agent.disk.seam import Disk
 from agent.errors import DiskError, SyncError
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
-from agent.passes import PassDesk, Progress, Session
+from agent.passes import Connect, PassDesk, Progress, Session
 from agent.sources import ViewDesk
 from agent.threads import Threads
 from protocol.bulk import BulkSocket, connect_bulk
-from protocol.messages import Direction, DiskReport, GrantedDisk, PassReport, RunPass
+from protocol.messages import BulkWelcome, Direction, DiskReport, GrantedDisk, PassReport, RunPass
 
 
 class ViewLost(SyncError):
@@ -124,9 +124,9 @@ class PassRunner:
                     disk=target,
                 )
 
-    def _connector(self, request: RunPass, session: Session) -> Callable[[GrantedDisk, int], tuple[BulkSocket, int]]:
-        def connect(granted: GrantedDisk, seed: int) -> tuple[BulkSocket, int]:
-            connection, welcome = connect_bulk(
+    def _connector(self, request: RunPass, session: Session) -> Connect:
+        def connect(granted: GrantedDisk, seed: int) -> tuple[BulkSocket, BulkWelcome]:
+            return connect_bulk(
                 request.peer_host,
                 request.peer_port,
                 server_name=request.peer_name,
@@ -136,7 +136,6 @@ class PassRunner:
                 target=granted.peer_target,
                 digest_seed=seed,
             )
-            return connection, welcome.ahead_bytes
 
         return connect
 

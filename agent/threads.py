@@ -18,7 +18,8 @@ import trio
 T = TypeVar("T")
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many processors this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -35,7 +36,7 @@ class Threads:
     """
 
     disk: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(32))
-    compute: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(max(2, _cores())))
+    compute: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(max(2, cores())))
     network: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(64))
     libvirt: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(16))
 

@@ -60,7 +60,7 @@ class BulkSocket:
     def send(self, message: BulkMessage, *pieces: Buffer) -> None:
         """Send a message; `pieces`, end to end, are its payload, and may be used again on return.
 
-        At the source `BlockData` waits for window and `CompareRanges` for room in ``ahead_bytes``, while another thread
+        At the source `BlockData` waits for window and `CompareSpan` for room in ``ahead_bytes``, while another thread
         must be receiving. Raises LocalMisuse (nothing was sent), ConnectionLost, PeerEnded (the peer said Goodbye),
         PeerViolation (found by the receiving thread).
         """
@@ -100,15 +100,22 @@ class BulkSocket:
             timeout_s = max(self._idle_timeout_s, ENDING_TIMEOUT_S) if ending else self._idle_timeout_s
         return self._receive(timeout_s, None)
 
-    def welcome(self, *, window_bytes: int, ahead_bytes: int) -> None:
+    def welcome(self, *, window_bytes: int, ahead_bytes: int, lanes: int = 1) -> None:
         """Target: let the source in, once its grant and `peer.fingerprint` were checked.
 
         Args:
             window_bytes: `BlockData` payload that may be on its way without `Credit`; 1 MiB to 1 GiB.
-            ahead_bytes: bytes of disk that may be asked for and not answered; 1 MiB to 1 TiB.
+            ahead_bytes: bytes of data that may be asked about and not answered; 1 MiB to 1 TiB.
+            lanes: how many connections of this disk will be let in, this one included.
         """
         self.send(
-            BulkWelcome(version=self._version, software=SOFTWARE, window_bytes=window_bytes, ahead_bytes=ahead_bytes)
+            BulkWelcome(
+                version=self._version,
+                software=SOFTWARE,
+                window_bytes=window_bytes,
+                ahead_bytes=ahead_bytes,
+                lanes=lanes,
+            )
         )
 
     def refuse(self, code: str, sentence: str) -> None:

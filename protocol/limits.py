@@ -32,10 +32,10 @@ MAX_BLOCK_RANGES = 16 * KIB
 """Ranges in one `BlockData`: 512-byte ranges still fill it; each costs 48 bytes of payload."""
 
 MAX_RANGES = 64 * KIB
-"""Ranges in one `CompareRanges` or `ZeroRanges`: 1 MiB of payload, decoded in a few milliseconds."""
+"""Ranges in one `CompareSpan` or `ZeroRanges`: 1 MiB of payload, decoded in a few milliseconds."""
 
-MAX_DIGESTS = 512 * KIB
-"""Digests in one `RangeDigests`, hence blocks in one `CompareRanges`: 8 MiB of payload."""
+MAX_DIGESTS = 256 * KIB
+"""Superblocks in one `CompareSpan`, and details in one `SpanAnswer`: 4 MiB of payload, the pages of 1 GiB."""
 
 BULK = FrameLimits(header_bytes=64 * KIB, payload_bytes=9 * MIB)
 """`MAX_PLAIN_BYTES` of blocks, `MAX_BLOCK_RANGES` ranges and digests behind a small header."""
@@ -74,9 +74,16 @@ MAX_GOODBYE_CHARACTERS = 1000
 
 # --- bulk -----------------------------------------------------------------------------------------------------
 
-MIN_BLOCK_BYTES = 512
-MAX_BLOCK_BYTES = 64 * MIB
-"""Block sizes of `CompareRanges`, powers of two: from a disk's sector to the largest superblock."""
+BLOCK_BYTES = 64 * KIB
+"""What is hashed at once, and what the ranges of a `CompareSpan` are aligned to: a digest of 16 bytes for each costs
+0.02 % of a disk, and few guests write less at once."""
+
+MIN_DETAIL_BYTES = 4 * KIB
+MAX_SUPERBLOCK_BYTES = 64 * MIB
+"""Powers of two: from the page that guests write to the largest run that still makes sense under one digest."""
+
+MAX_LANES = 16
+"""Connections of one disk: some fill any link; each costs both ends a window of memory."""
 
 MIN_WINDOW_BYTES = 1 * MIB
 MAX_WINDOW_BYTES = 1024 * MIB

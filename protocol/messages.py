@@ -15,7 +15,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-PROTOCOL_VERSIONS = (1,)
+PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
 
@@ -116,7 +116,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BulkHello:
-    """First message of the source agent on a bulk connection: which grant, which of its disks."""
+    """First message of the source agent on a bulk connection: which grant, which of its disks. A disk may get several
+    connections; all carry the same seed."""
 
     versions: tuple[int, ...]
     software: str
@@ -127,13 +128,15 @@ class BulkHello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BulkWelcome:
-    """The target agent's answer. `window_bytes`: how much `BlockData` payload may be unacknowledged; `ahead_bytes`:
-    how many bytes of disk may be asked for with `CompareRanges` and not be answered yet."""
+    """The target agent's answer. `window_bytes`: how much `BlockData` payload may be unacknowledged on this connection;
+    `ahead_bytes`: how many bytes of data may be asked for on it with `CompareSpan` and not be answered yet; `lanes`:
+    how many connections it takes for this disk."""
 
     version: int
     software: str
     window_bytes: int
     ahead_bytes: int
+    lanes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -476,12 +479,17 @@ class DiskReport:
         size_bytes: the source's size.
         zero_bytes: known to read as zero at the source, not read.
         compared_bytes: read and hashed on this side.
-        changed_bytes: of blocks whose digests differed, sent as data.
-        wire_bytes: payload bytes of those on the wire (compressed).
+        changed_bytes: what differed and was sent as data: of blocks, or of pages within them.
+        wire_bytes: everything the disk's bulk connections carried, both ways, before TLS.
         written_bytes, zeroed_bytes: what the target wrote and what it zeroed or discarded.
         verified_bytes: read back at the target and equal to the source's BLAKE3 digest, or to zero.
         rung: the rung of evidence used (DESIGN: ``digests``, ``extents`` …) and `why_not_higher`, a sentence.
         past_cache: whether the read-back went past the page cache.
+        frames: how many frames of data were sent, by how they were stored: ``raw``, or ``zstd`` and the level.
+        stored_bytes: what `changed_bytes` became in those frames.
+        lanes: connections used.
+        superblock_bytes, detail_bytes: the granularity of comparing that the pass ended with.
+        access: how this side read the disk, in words.
     """
 
     target: str
@@ -496,6 +504,12 @@ class DiskReport:
     rung: str
     why_not_higher: str
     past_cache: bool
+    frames: dict[str, int]
+    stored_bytes: int
+    lanes: int
+    superblock_bytes: int
+    detail_bytes: int
+    access: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -601,34 +615,36 @@ ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareRanges:
-    """Hash these ranges of data and answer with `RangeDigests`. Sent in rising order, ahead of the reading.
+class CompareSpan:
+    """A stretch of the disk, whole: the ranges of it that hold data, with their digests; the rest of it reads as zero.
+    Answered with `SpanAnswer`, unless nothing of it is data. The spans of one connection rise; together those of all
+    connections are the disk.
 
-    Payload: `count` ranges. Every range starts at a multiple of `block_bytes`; only the last of the disk may end off
-    one.
+    Payload: `count` ranges, then one digest (16 bytes) for each superblock of them, in order. Ranges start at multiples
+    of 64 KiB and end there, or where the span ends. A superblock is what of one range lies between two multiples of
+    `superblock_bytes`. `detail_bytes`: what the answer shall tell digests of within superblocks that differ; where it
+    equals `superblock_bytes`, it tells none.
     """
 
     batch: int
-    block_bytes: int
+    offset_bytes: int
+    length_bytes: int
+    superblock_bytes: int
+    detail_bytes: int
     count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroRanges:
-    """These ranges read as zero at the source: make them so. Payload: `count` ranges.
-
-    `compared`: False for ranges known to be zero without reading (sent in rising order instead of `CompareRanges`);
-    True for blocks that were compared, differ and turned out to hold only zeroes.
-    """
+    """Ranges that were compared, differ, and turned out to hold only zeroes. Payload: `count` ranges."""
 
     count: int
-    compared: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockData:
-    """Blocks that differ. Payload: `count` ranges, then `count` BLAKE3 digests (32 bytes each, of the plain bytes),
-    then the blocks' bytes, concatenated, stored as `codec` says; `plain_bytes` is their length before that."""
+    """What differs. Payload: `count` ranges, then `count` BLAKE3 digests (32 bytes each, of the plain bytes),
+    then the ranges' bytes, concatenated, stored as `codec` says; `plain_bytes` is their length before that."""
 
     count: int
     codec: Codec
@@ -637,9 +653,11 @@ class BlockData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndOfPass:
-    """Everything was sent: the target flushes, reads back, verifies, answers `PassVerified`. The counts are of the
-    source's own books, for the target to check against its own."""
+    """Nothing more comes on this connection: when all `lanes` connections of the disk have said so, the target flushes,
+    reads back, verifies, and answers `PassVerified` on each. The counts are the source's own books of this connection,
+    for the target to check against its own."""
 
+    lanes: int
     data_bytes: int
     zero_bytes: int
     compared_bytes: int
@@ -649,14 +667,18 @@ class EndOfPass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RangeDigests:
-    """xxh3-128 digests (canonical, big-endian, 16 bytes) of the target's blocks in the batch's ranges, in order.
+class SpanAnswer:
+    """Which superblocks of a span differ at the target.
 
-    Payload: one digest a block. `read_bytes`: what the target had to read for it (the rest is known to be zero).
+    Payload: a bit for each superblock, set where it differs; a bit for each, set where it differs and the target reads
+    as zero there (each row of bits, most significant first, fills whole bytes); then `details` digests (16 bytes): of
+    each `detail_bytes` of the superblocks that differ and are not zero here, in order.
+    `read_bytes`: what the target had to read for it (the rest is known to be zero).
     """
 
     batch: int
     read_bytes: int
+    details: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -691,11 +713,11 @@ BulkMessage = (
     BulkHello
     | BulkWelcome
     | Goodbye
-    | CompareRanges
+    | CompareSpan
     | ZeroRanges
     | BlockData
     | EndOfPass
-    | RangeDigests
+    | SpanAnswer
     | Credit
     | PassVerified
     | PassFailed

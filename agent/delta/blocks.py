@@ -1,7 +1,8 @@
-"""Arithmetic of ranges and blocks: from the extents of a disk to batches of work.
+"""Arithmetic of ranges and blocks: from the extents of a disk to spans of work.
 
 A *range* is an offset and a length in bytes; many of them are an array of shape (n, 2). A *block* is a range that
-starts at a multiple of the block size and is one block long, but for the last of a disk, which may be shorter.
+starts at a multiple of the block size and is one block long, but for the last of a disk, which may be shorter. Pieces
+of a coarser or finer grid (superblocks, pages) are cut the same way: at multiples of their size.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ from numpy.typing import NDArray
 from agent.errors import SyncError
 
 BLOCK_BYTES = 64 * 1024
-"""The unit that is compared: digests of 16 bytes for it cost 0.02 % of a disk, and few guests write less at once."""
+"""The unit that is hashed at once: digests of 16 bytes for it cost 0.02 % of a disk, and few guests write less at once."""
+
+PAGE_BYTES = 4 * 1024
+"""The unit that guests write: file systems and databases seldom use smaller pages."""
 
 BATCH_BYTES = 8 * 1024 * 1024
 """Data that is read, hashed and compared in one go: large requests for the storage, few thread hops."""
+
+BATCH_RANGES = 4096
+"""Ranges in one span at most, whatever they hold: bounds the books of a scattered disk."""
 
 Ranges = NDArray[np.uint64]
 """Shape (n, 2): offset and length in bytes, in rising order."""
@@ -42,43 +49,34 @@ class ExtentLike(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Data to read, hash and compare.
+class Span:
+    """A stretch of the disk, whole: some of it data, the rest known to read as zero.
 
     Attributes:
         number: 0, 1, 2 … in the order of offsets.
-        ranges: whole blocks, adjoining ones joined; together at most the batch size.
-        block_bytes: the block size they are aligned to.
+        offset_bytes, length_bytes: where it lies; spans adjoin and cover the disk.
+        data: whole blocks, adjoining ones joined, shape (n, 2), n may be 0.
     """
 
     number: int
-    ranges: Ranges
-    block_bytes: int
+    offset_bytes: int
+    length_bytes: int
+    data: Ranges
 
     @property
     def data_bytes(self) -> int:
         """How much data that is."""
-        return int(self.ranges[:, 1].sum())
-
-    def blocks(self) -> Ranges:
-        """The batch block by block."""
-        return split_blocks(self.ranges, self.block_bytes)
-
-    def block_lengths(self) -> NDArray[np.uint64]:
-        """Length of each block in bytes, shape (n,)."""
-        return self.blocks()[:, 1]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ZeroRun:
-    """Ranges that read as zero, whole blocks, adjoining ones joined: not read, not hashed, not sent as data."""
-
-    ranges: Ranges
+        return total_bytes(self.data)
 
     @property
     def zero_bytes(self) -> int:
-        """How much that is."""
-        return int(self.ranges[:, 1].sum())
+        """How much of it reads as zero."""
+        return self.length_bytes - self.data_bytes
+
+    @property
+    def end_bytes(self) -> int:
+        """The first byte behind it."""
+        return self.offset_bytes + self.length_bytes
 
 
 def to_ranges(pairs: Iterable[tuple[int, int]]) -> Ranges:
@@ -86,24 +84,34 @@ def to_ranges(pairs: Iterable[tuple[int, int]]) -> Ranges:
     return np.array(list(pairs), dtype=np.uint64).reshape(-1, 2)
 
 
-def block_lengths(length_bytes: int, block_bytes: int = BLOCK_BYTES) -> NDArray[np.uint64]:
-    """Lengths of the blocks of a run that starts at a block boundary, shape (n,)."""
-    return split_blocks(to_ranges([(0, length_bytes)]), block_bytes)[:, 1]
+def total_bytes(ranges: Ranges) -> int:
+    """Sum of the lengths."""
+    return int(ranges[:, 1].sum()) if len(ranges) else 0
 
 
-def split_blocks(ranges: Ranges, block_bytes: int = BLOCK_BYTES) -> Ranges:
-    """Ranges that start at block boundaries, cut into blocks; only a range's last block may be shorter."""
-    block = np.uint64(block_bytes)
-    offsets, lengths = ranges[:, 0], ranges[:, 1]
-    counts = ((lengths + block - np.uint64(1)) // block).astype(np.int64)
-    total = int(counts.sum())
-    # Position of each block in its own range: 0, 1, 2 …
+def positions(ranges: Ranges) -> NDArray[np.uint64]:
+    """Where each range begins in a buffer that holds them end to end, shape (n,)."""
+    ends = np.cumsum(ranges[:, 1], dtype=np.uint64)
+    return np.asarray(ends - ranges[:, 1], dtype=np.uint64)
+
+
+def split(ranges: Ranges, unit_bytes: int) -> Ranges:
+    """Ranges cut at every multiple of `unit_bytes`: the pieces in order, shape (m, 2)."""
+    if not len(ranges):
+        return ranges
+    unit = np.uint64(unit_bytes)
+    offsets, ends = ranges[:, 0], ranges[:, 0] + ranges[:, 1]
+    counts = ((ends + unit - np.uint64(1)) // unit - offsets // unit).astype(np.int64)
     first = np.repeat(np.cumsum(counts) - counts, counts)
-    start = (np.arange(total) - first).astype(np.uint64) * block
-    blocks = np.empty((total, 2), dtype=np.uint64)
-    blocks[:, 0] = np.repeat(offsets, counts) + start
-    blocks[:, 1] = np.minimum(block, np.repeat(lengths, counts) - start)
-    return blocks
+    index = (np.arange(int(counts.sum()), dtype=np.int64) - first).astype(np.uint64)
+    starts = np.maximum((np.repeat(offsets // unit, counts) + index) * unit, np.repeat(offsets, counts))
+    stops = np.minimum((np.repeat(offsets // unit, counts) + index + np.uint64(1)) * unit, np.repeat(ends, counts))
+    return np.column_stack((starts, stops - starts))
+
+
+def owners(ranges: Ranges, pieces: Ranges) -> NDArray[np.int64]:
+    """For each of the `pieces` cut from rising `ranges`, the index of the range it lies in, shape (m,)."""
+    return np.searchsorted(ranges[:, 0], pieces[:, 0], side="right") - 1
 
 
 def coalesce(ranges: Ranges) -> Ranges:
@@ -117,48 +125,50 @@ def coalesce(ranges: Ranges) -> Ranges:
     return np.column_stack((offsets, ends[last] - offsets))
 
 
-def plan_batches(
-    extents: Iterable[ExtentLike], size_bytes: int, *, block_bytes: int = BLOCK_BYTES, batch_bytes: int = BATCH_BYTES
-) -> Iterator[Batch | ZeroRun]:
-    """Turn the extents of a whole disk into batches of data and runs of zeroes, each block in exactly one of them.
+def gaps(data: Ranges, offset_bytes: int, length_bytes: int) -> Ranges:
+    """What of a stretch is in none of the rising ranges `data`, shape (m, 2)."""
+    starts = np.concatenate((np.array([offset_bytes], dtype=np.uint64), data[:, 0] + data[:, 1]))
+    ends = np.concatenate((data[:, 0], np.array([offset_bytes + length_bytes], dtype=np.uint64)))
+    between = np.column_stack((starts, ends - starts))
+    return between[between[:, 1] > 0]
 
-    Data is widened to whole blocks, zeroes are narrowed to them. Lazy: at most one batch is held, and a run of zeroes
-    is one range however long it is. A batch is preceded by the zeroes that lie before and inside it.
+
+def as_runs(ranges: Ranges) -> list[tuple[int, int]]:
+    """The same as plain pairs, adjoining ones joined: what `agent.disk.seam.Disk` reads and writes."""
+    return [(offset, length) for offset, length in coalesce(ranges).tolist()]
+
+
+def plan_spans(
+    extents: Iterable[ExtentLike], size_bytes: int, *, batch_bytes: int = BATCH_BYTES, batch_ranges: int = BATCH_RANGES
+) -> Iterator[Span]:
+    """Turn the extents of a whole disk into spans of at most `batch_bytes` of data each.
+
+    Data is widened to whole blocks, zeroes are narrowed to them. Lazy: one span is held, and a hole is part of one span
+    however long it is.
 
     Args:
         extents: in order, adjoining, from 0 to `size_bytes`.
         size_bytes: of the disk.
-        block_bytes: size of a block.
-        batch_bytes: size of a full batch, a multiple of `block_bytes`.
+        batch_bytes: data in a full span, a multiple of the block size.
+        batch_ranges: ranges of data in a span at most.
 
     Raises:
         SyncError: the extents are not those of such a disk.
     """
-    if batch_bytes <= 0 or batch_bytes % block_bytes:
-        raise ValueError(f"batches of {batch_bytes} bytes are not made of blocks of {block_bytes}")
-    number, filled = 0, 0
+    if batch_bytes <= 0 or batch_bytes % BLOCK_BYTES:
+        raise ValueError(f"batches of {batch_bytes} bytes are not made of blocks of {BLOCK_BYTES}")
+    number, begin, filled = 0, 0, 0
     data: list[tuple[int, int]] = []
-    zeroes: list[tuple[int, int]] = []
-    for start, end, zero in _aligned(_joined(extents, size_bytes), size_bytes, block_bytes):
-        if zero:
-            zeroes.append((start, end - start))
-            continue
-        while start < end:
+    for start, end, zero in _aligned(_joined(extents, size_bytes), size_bytes):
+        while not zero and start < end:
             taken = min(batch_bytes - filled, end - start)
-            if data and sum(data[-1]) == start:
-                data[-1] = (data[-1][0], data[-1][1] + taken)
-            else:
-                data.append((start, taken))
+            data.append((start, taken))
             start, filled = start + taken, filled + taken
-            if filled == batch_bytes:
-                if zeroes:
-                    yield ZeroRun(to_ranges(zeroes))
-                yield Batch(number, to_ranges(data), block_bytes)
-                number, filled, data, zeroes = number + 1, 0, [], []
-    if zeroes:
-        yield ZeroRun(to_ranges(zeroes))
-    if data:
-        yield Batch(number, to_ranges(data), block_bytes)
+            if filled == batch_bytes or len(data) == batch_ranges:
+                yield Span(number, begin, start - begin, to_ranges(data))
+                number, begin, filled, data = number + 1, start, 0, []
+    if begin < size_bytes:
+        yield Span(number, begin, size_bytes - begin, to_ranges(data))
 
 
 def _joined(extents: Iterable[ExtentLike], size_bytes: int) -> Iterator[tuple[int, int, bool]]:
@@ -184,19 +194,26 @@ def _joined(extents: Iterable[ExtentLike], size_bytes: int) -> Iterator[tuple[in
         yield start, end, kind
 
 
-def _aligned(
-    runs: Iterable[tuple[int, int, bool]], size_bytes: int, block_bytes: int
-) -> Iterator[tuple[int, int, bool]]:
-    """Runs of whole blocks: a block that is data in part is data."""
-    done = 0
+def _aligned(runs: Iterable[tuple[int, int, bool]], size_bytes: int) -> Iterator[tuple[int, int, bool]]:
+    """Runs of whole blocks: a block that is data in part is data. Data that adjoins is one run."""
+    done, begin = 0, -1  # `begin`: where the data run that is being gathered starts
     for start, end, zero in runs:
         if zero:
-            first = -(-start // block_bytes) * block_bytes
-            last = end if end == size_bytes else end // block_bytes * block_bytes
+            first = -(-start // BLOCK_BYTES) * BLOCK_BYTES
+            last = end if end == size_bytes else end // BLOCK_BYTES * BLOCK_BYTES
         else:
-            first = start // block_bytes * block_bytes
-            last = min(-(-end // block_bytes) * block_bytes, size_bytes)
+            first = start // BLOCK_BYTES * BLOCK_BYTES
+            last = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, size_bytes)
         first = max(first, done)
-        if first < last:
-            yield first, last, zero
-            done = last
+        if first >= last:
+            continue
+        if zero and begin >= 0:
+            yield begin, done, False
+            begin = -1
+        if zero:
+            yield first, last, True
+        elif begin < 0:
+            begin = first
+        done = last
+    if begin >= 0:
+        yield begin, done, False

@@ -1,7 +1,10 @@
-"""xxh3-128 digests of blocks: which blocks are the same.
+"""xxh3-128 digests: which blocks, superblocks and pages are the same.
 
 The digest is the canonical big-endian one (xxhash specification, "Canonical representation"). xxHash is not
 collision-resistant: equal digests mean *matched*, never *proven*; every pass has a random seed of its own.
+
+A superblock's digest is made of its blocks' digests, not of its bytes: whoever keeps the blocks' digests can tell those
+of superblocks of any size without reading anything.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
+from agent.delta.blocks import BLOCK_BYTES, Ranges, owners, split
 from agent.errors import SyncError
 
 DIGEST_BYTES = 16
@@ -21,24 +25,53 @@ Digests = NDArray[np.void]
 """Shape (n,), dtype ``V16``: the bytes of each digest."""
 
 
-def block_digests(buffer: memoryview, lengths: NDArray[np.uint64], *, seed: int) -> Digests:
-    """Digests of the blocks that lie one behind the other in `buffer`.
+def piece_digests(buffer: memoryview, lengths: NDArray[np.uint64], *, seed: int) -> Digests:
+    """Digests of pieces that lie one behind the other in `buffer`.
 
     Args:
-        buffer: the blocks' bytes, exactly.
-        lengths: length of each block in bytes, shape (n,).
+        buffer: the pieces' bytes, exactly.
+        lengths: length of each piece in bytes, shape (n,).
         seed: 64 bits.
     """
     bounds = [0, *np.cumsum(lengths).tolist()]
     if bounds[-1] != buffer.nbytes:
-        raise ValueError(f"blocks of {bounds[-1]} bytes in a buffer of {buffer.nbytes}")
+        raise ValueError(f"pieces of {bounds[-1]} bytes in a buffer of {buffer.nbytes}")
     return digests_from_wire(b"".join([xxh3_128_digest(buffer[start:end], seed) for start, end in pairwise(bounds)]))
 
 
-@lru_cache(maxsize=64)
+def superblock_digests(blocks: Ranges, digests: Digests, superblocks: Ranges, *, seed: int) -> Digests:
+    """Digests of superblocks from those of their blocks.
+
+    Args:
+        blocks: rising, shape (n, 2); `digests`: theirs.
+        superblocks: what the blocks were cut from, shape (m, 2). One that is a single block has that block's digest.
+        seed: 64 bits.
+    """
+    if len(blocks) == len(superblocks):
+        return digests
+    plain = memoryview(digests.tobytes())
+    edges = np.searchsorted(owners(superblocks, blocks), np.arange(len(superblocks) + 1)).tolist()
+    parts = [
+        bytes(plain[start * DIGEST_BYTES : end * DIGEST_BYTES])
+        if end == start + 1
+        else xxh3_128_digest(plain[start * DIGEST_BYTES : end * DIGEST_BYTES], seed)
+        for start, end in pairwise(edges)
+    ]
+    return digests_from_wire(b"".join(parts))
+
+
+@lru_cache(maxsize=256)
 def zero_digest(length_bytes: int, *, seed: int) -> bytes:
-    """Digest of a block of zeroes, 16 bytes."""
-    return bytes(xxh3_128_digest(bytes(length_bytes), seed))
+    """Digest of a superblock of zeroes, 16 bytes."""
+    ranges = np.array([(0, length_bytes)], dtype=np.uint64)
+    blocks = split(ranges, BLOCK_BYTES)
+    parts = [bytes(xxh3_128_digest(bytes(length), seed)) for length in blocks[:, 1].tolist()]
+    return superblock_digests(blocks, digests_from_wire(b"".join(parts)), ranges, seed=seed).tobytes()
+
+
+def zero_digests(lengths: NDArray[np.uint64], *, seed: int) -> Digests:
+    """Digests of superblocks of zeroes of those lengths, shape (n,)."""
+    return digests_from_wire(b"".join([zero_digest(length, seed=seed) for length in lengths.tolist()]))
 
 
 def digests_to_wire(digests: Digests) -> bytes:

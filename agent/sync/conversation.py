@@ -1,13 +1,14 @@
 """What both sides of a pass over one disk share: sending in turn, ending whole, telling the peer why.
 
-A conversation owns its bulk connection. Its tasks run in one nursery; the first failure ends them all, is told to the
-peer in bounded time, and is what the caller gets. A blocking receive is woken by shutting the socket down.
+A conversation owns the disk's bulk connections, its *lanes*. Its tasks run in one nursery; the first failure ends them
+all, is told to the peer in bounded time, and is what the caller gets. A blocking receive is woken by shutting the
+socket down.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +28,14 @@ SENDERS = 8
 
 
 class Wire(Protocol):
-    """What a conversation needs of `protocol.bulk.BulkSocket`: blocking calls, several senders, one receiver."""
+    """What a conversation needs of `protocol.bulk.BulkSocket`: blocking calls, several senders, one receiver.
+
+    Attributes:
+        bytes_sent, bytes_received: frames whole, before TLS.
+    """
+
+    bytes_sent: int
+    bytes_received: int
 
     def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
         """Send one message; `BlockData` waits for window."""
@@ -51,28 +59,42 @@ class PeerFailed(SyncError):
     code = "peer-failed"
 
 
-@dataclass
-class Conversation:
-    """One disk's pass over one connection. `disk_name` is what messages call the disk.
+@dataclass(eq=False)
+class Lane:
+    """One connection of the disk.
 
-    Its sends and receives count against limits of its own: senders wait for what a receiver brings, so if all disks
+    Its sends and receives count against limits of its own: senders wait for what a receiver brings, so if all lanes
     took their threads from one pool, enough blocked senders would leave none for the receivers they wait for.
     """
 
-    disk_name: str
     wire: Wire
+    senders: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(SENDERS))
+    receivers: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    heard_out: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass
+class Conversation:
+    """One disk's pass over its connections. `disk_name` is what messages call the disk."""
+
+    disk_name: str
     threads: Threads
-    _senders: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(SENDERS))
-    _receivers: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    lanes: list[Lane]
+    _nursery: trio.Nursery | None = None
+    _scope: trio.CancelScope | None = None
     _failure: AgentError | ProtocolError | None = None
     _finished: bool = False
-    _heard_out: trio.Event = field(default_factory=trio.Event)
 
-    async def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
+    @property
+    def wire_bytes(self) -> int:
+        """What all lanes carried so far, both ways."""
+        return sum(lane.wire.bytes_sent + lane.wire.bytes_received for lane in self.lanes)
+
+    async def send(self, lane: Lane, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
         """Send one message, its payload in pieces."""
-        await self.threads.on_wire(lambda: self.wire.send(message, *pieces), self._senders)
+        await self.threads.on_wire(lambda: lane.wire.send(message, *pieces), lane.senders)
 
-    async def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
+    async def receive(self, lane: Lane, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
         """The next message that is not the peer's failure; `timeout_s` as in `Wire.receive`.
 
         Raises:
@@ -80,14 +102,30 @@ class Conversation:
             ConnectionLost, PeerViolation: as the wire says.
         """
         try:
-            message, payload = await self.threads.on_wire(lambda: self.wire.receive(timeout_s), self._receivers)
+            message, payload = await self.threads.on_wire(lambda: lane.wire.receive(timeout_s), lane.receivers)
         except ProtocolError:
-            self._heard_out.set()
+            lane.heard_out.set()
             raise
         if isinstance(message, PassFailed):
-            self._heard_out.set()
+            lane.heard_out.set()
             raise PeerFailed(message.sentence, peer_code=message.code, disk=message.target)
         return message, payload
+
+    def spawn(self, task: Callable[[], Awaitable[None]]) -> None:
+        """One task more, while `run` runs its own."""
+        assert self._nursery is not None
+        assert self._scope is not None
+        self._nursery.start_soon(self._guarded, task, self._scope)
+
+    def join(self, wire: Wire, task: Callable[[Lane], Awaitable[None]]) -> bool:
+        """One connection more, with its task. False where the pass is over, or not begun: it was hung up on then."""
+        if self._nursery is None or self._failure is not None:
+            wire.shutdown()
+            return False
+        lane = Lane(wire)
+        self.lanes.append(lane)
+        self.spawn(lambda: task(lane))
+        return True
 
     async def run(
         self, *tasks: Callable[[], Awaitable[None]], meanwhile: Callable[[], Awaitable[None]] | None = None
@@ -102,8 +140,10 @@ class Conversation:
             if meanwhile is not None:
                 outer.start_soon(self._guarded, meanwhile, outer.cancel_scope)
             async with trio.open_nursery() as inner:
+                self._nursery, self._scope = inner, outer.cancel_scope
                 for task in tasks:
                     inner.start_soon(self._guarded, task, outer.cancel_scope)
+            self._nursery = None
             if self._failure is None:
                 self._finished = True
             outer.cancel_scope.cancel()
@@ -120,7 +160,8 @@ class Conversation:
                 self._failure = error
             if isinstance(error, ConnectionLost):
                 with trio.move_on_after(HEAR_OUT_S):
-                    await self._heard_out.wait()
+                    for lane in self.lanes:
+                        await lane.heard_out.wait()
             scope.cancel()
         except Exception as error:  # noqa: BLE001 - a defect; the peer and the coordinator must hear of it all the same
             if self._failure is None:
@@ -145,15 +186,24 @@ class Conversation:
             farewell = self._farewell()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._shut_down_after, FAREWELL_TIMEOUT_S)
-                # Where the peer is gone, hanging up is all that is left to say.
-                with contextlib.suppress(ProtocolError):
-                    await self.send(farewell)
+                async with trio.open_nursery() as saying:
+                    for lane in self.lanes:
+                        saying.start_soon(self._say, lane, farewell)
                 nursery.cancel_scope.cancel()
-        self.wire.shutdown()
+        self._shut_down()
+
+    async def _say(self, lane: Lane, farewell: PassFailed) -> None:
+        # Where the peer is gone, hanging up is all that is left to say.
+        with contextlib.suppress(ProtocolError):
+            await self.send(lane, farewell)
 
     async def _shut_down_after(self, delay_s: float) -> None:
         await trio.sleep(delay_s)
-        self.wire.shutdown()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        for lane in self.lanes:
+            lane.wire.shutdown()
 
     def _farewell(self) -> PassFailed:
         if self._failure is None:
@@ -170,3 +220,21 @@ class Conversation:
             target=self.disk_name,
             offset_bytes=offset if isinstance(offset, int) else -1,
         )
+
+
+async def side_by_side(tasks: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Run the tasks to their end, all of them or none; the first failure ends the others and is what is raised."""
+    failures: list[AgentError | ProtocolError] = []
+
+    async def guarded(task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except (AgentError, ProtocolError) as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(guarded, task)
+    if failures:
+        raise failures[0]

@@ -1,76 +1,82 @@
-"""Digests of a disk's blocks in given ranges; blocks that are known to read as zero are not read."""
+"""Reading what is compared, and hashing it while it is at hand: one thread hop for a whole span."""
 
 from __future__ import annotations
 
-import threading
+from dataclasses import dataclass
 
 import numpy as np
 
-from agent.delta.blocks import BLOCK_BYTES, Ranges, block_lengths
-from agent.delta.digests import Digests, block_digests, digests_from_wire, zero_digest
+from agent.delta.blocks import Ranges, as_runs, total_bytes
+from agent.delta.compare import Answer, Held, Mask, answer
+from agent.delta.digests import Digests
 from agent.disk.seam import Disk
-
-STEP_BYTES = 4 << 20
-"""How much is read at once: large enough for storage, small enough to be hashed while still cached."""
-
-_local = threading.local()
+from agent.sync.payloads import Question
 
 
-def _buffer() -> memoryview:
-    """A read buffer of this worker thread, made once."""
-    buffer: memoryview | None = getattr(_local, "buffer", None)
-    if buffer is None:
-        buffer = _local.buffer = memoryview(bytearray(STEP_BYTES))
-    return buffer
+@dataclass(frozen=True, slots=True, eq=False)
+class Hashed:
+    """A span's data as the source read it."""
+
+    held: Held
+    superblocks: Ranges
+    digests: Digests
 
 
-def hash_ranges(disk: Disk, ranges: Ranges, *, seed: int) -> tuple[Digests, int]:
-    """Digests of all blocks in `ranges` (shape (n, 2), from block boundaries on), and how many bytes were read.
+def read_data(disk: Disk, ranges: Ranges, buffer: memoryview) -> Held:
+    """The bytes of `ranges` (shape (n, 2)), end to end at the start of `buffer`. Raises `DiskError`."""
+    held = Held(ranges, buffer[: total_bytes(ranges)])
+    disk.read_runs(as_runs(ranges), held.buffer)
+    return held
+
+
+def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes: int, seed: int) -> Hashed:
+    """The source's side of a comparison: read `data` (shape (n, 2)) and hash it.
 
     Raises:
         DiskError: as the disk says.
     """
-    parts: list[Digests] = []
-    read_bytes = 0
-    for offset, length in ranges.tolist():
-        for run_offset, run_length, zero in _runs(disk, offset, length):
-            if zero:
-                parts.append(_zero_digests(run_length, seed))
-                continue
-            parts.append(_read_digests(disk, run_offset, run_length, seed))
-            read_bytes += run_length
-    return np.concatenate(parts), read_bytes
+    held = read_data(disk, data, buffer)
+    return Hashed(held, *held.superblocks(superblock_bytes, seed=seed))
 
 
-def _runs(disk: Disk, offset: int, length: int) -> list[tuple[int, int, bool]]:
-    """The range as runs of whole blocks: zero where every byte is known to be, else to be read."""
-    blocks = -(-length // BLOCK_BYTES)
-    data = np.zeros(blocks, dtype=bool)
-    for extent in disk.extents(offset, length):
-        if not extent.zero:
-            first = (extent.offset_bytes - offset) // BLOCK_BYTES
-            last = (extent.offset_bytes - offset + extent.length_bytes - 1) // BLOCK_BYTES
-            data[first : last + 1] = True
-    edges = np.flatnonzero(np.diff(data)) + 1
-    starts = [0, *edges.tolist()]
-    ends = [*edges.tolist(), blocks]
-    return [
-        (offset + start * BLOCK_BYTES, min(end * BLOCK_BYTES, length) - start * BLOCK_BYTES, not data[start])
-        for start, end in zip(starts, ends, strict=True)
+def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int) -> tuple[Answer, int]:
+    """The target's side: what differs, and how many bytes were read for it; what is known to be zero is not read.
+
+    Raises:
+        DiskError: as the disk says.
+    """
+    superblocks, message = question.superblocks, question.message
+    read = superblocks[holds_data(disk, superblocks)]
+    held = read_data(disk, read, buffer)
+    told = answer(
+        superblocks,
+        question.digests,
+        held,
+        superblock_bytes=message.superblock_bytes,
+        detail_bytes=message.detail_bytes,
+        seed=seed,
+    )
+    return told, held.buffer.nbytes
+
+
+def holds_data(disk: Disk, pieces: Ranges) -> Mask:
+    """Which of rising pieces (shape (n, 2)) are not known to read as zero, shape (n,).
+
+    Raises:
+        DiskError: as the disk says.
+    """
+    first, end = int(pieces[0, 0]), int(pieces[-1].sum())
+    runs = [
+        (extent.offset_bytes, extent.offset_bytes + extent.length_bytes)
+        for extent in disk.extents(first, end - first)
+        if not extent.zero
     ]
+    if not runs:
+        return np.zeros(len(pieces), dtype=bool)
+    data = np.array(runs, dtype=np.uint64)
+    at = np.searchsorted(data[:, 1], pieces[:, 0], side="right")
+    reached = at < len(data)
+    starts = data[np.minimum(at, len(data) - 1), 0]
+    return np.asarray(reached & (starts < pieces[:, 0] + pieces[:, 1]))
 
 
-def _zero_digests(length: int, seed: int) -> Digests:
-    lengths = block_lengths(length).tolist()
-    return digests_from_wire(b"".join([zero_digest(size, seed=seed) for size in lengths]))
-
-
-def _read_digests(disk: Disk, offset: int, length: int, seed: int) -> Digests:
-    parts: list[Digests] = []
-    buffer = _buffer()
-    while length:
-        step = min(length, STEP_BYTES)
-        disk.read_into(offset, buffer[:step])
-        parts.append(block_digests(buffer[:step], block_lengths(step), seed=seed))
-        offset, length = offset + step, length - step
-    return np.concatenate(parts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from agent.delta.pack import Packed
 from protocol.messages import DiskProgress, DiskReport
 
 RUNG = "digests"
@@ -25,6 +26,19 @@ class Meter:
     zeroed_bytes: int = 0
     verified_bytes: int = 0
     past_cache: bool = True
+    frames: dict[str, int] = field(default_factory=dict)
+    stored_bytes: int = 0
+    lanes: int = 1
+    superblock_bytes: int = 0
+    detail_bytes: int = 0
+    access: str = ""
+
+    def add_frame(self, packed: Packed, stored_bytes: int) -> None:
+        """A frame of data was sent, stored in `stored_bytes`."""
+        kind = packed.codec.value if packed.level is None else f"{packed.codec.value} {packed.level}"
+        self.frames[kind] = self.frames.get(kind, 0) + 1
+        self.changed_bytes += packed.plain_bytes
+        self.stored_bytes += stored_bytes
 
     def progress(self) -> DiskProgress:
         """How far the disk is."""
@@ -52,4 +66,10 @@ class Meter:
             rung=RUNG,
             why_not_higher=WHY_NOT_HIGHER,
             past_cache=self.past_cache,
+            frames=dict(self.frames),
+            stored_bytes=self.stored_bytes,
+            lanes=self.lanes,
+            superblock_bytes=self.superblock_bytes,
+            detail_bytes=self.detail_bytes,
+            access=self.access,
         )

@@ -1,20 +1,24 @@
-"""Payloads of bulk messages as numpy arrays: ranges and digests to bytes and back (``protocol/SPEC.md``).
+"""Payloads of bulk messages as numpy arrays: ranges, digests and answers to bytes and back (``protocol/SPEC.md``).
 
 Whatever comes from the peer is checked whole before any of it is used.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from agent.delta.blocks import Ranges
+from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES, Ranges, owners, split
+from agent.delta.compare import Answer, detail_pieces
+from agent.delta.digests import Digests, digests_from_wire, digests_to_wire
 from protocol.errors import PeerViolation
+from protocol.messages import CompareSpan
 
 Buffer = bytes | bytearray | memoryview
 RANGE_BYTES = 16
-BLAKE3_BYTES = 32
+PROOF_BYTES = 32
 
 
 def ranges_to_wire(ranges: Ranges) -> bytes:
@@ -34,46 +38,167 @@ def ranges_from_wire(payload: Buffer, count: int) -> Ranges:
     return np.frombuffer(view[: count * RANGE_BYTES], dtype="<u8").reshape(count, 2).astype(np.uint64)
 
 
-def total_bytes(ranges: Ranges) -> int:
-    """Sum of the lengths."""
-    return int(ranges[:, 1].sum()) if len(ranges) else 0
+def answer_to_wire(answer: Answer) -> tuple[bytes, bytes]:
+    """Both rows of bits, and the details."""
+    return np.packbits(answer.differs).tobytes() + np.packbits(answer.empty).tobytes(), digests_to_wire(answer.details)
+
+
+def answer_from_wire(payload: Buffer, superblocks: Ranges, *, superblock_bytes: int, detail_bytes: int) -> Answer:
+    """The answer about those superblocks (shape (n, 2)), asked for in that granularity.
+
+    Raises:
+        PeerViolation: it does not fit them.
+    """
+    view = memoryview(payload)
+    row = -(-len(superblocks) // 8)
+    bits = np.frombuffer(view[: 2 * row], dtype=np.uint8).reshape(2, row)
+    differs, empty = (np.unpackbits(bits[i], count=len(superblocks)).astype(bool) for i in range(2))
+    details = digests_from_wire(view[2 * row :])
+    due = len(detail_pieces(superblocks[differs & ~empty], superblock_bytes, detail_bytes))
+    if (empty & ~differs).any() or len(details) != due:
+        raise PeerViolation(
+            f"an answer about {len(superblocks)} superblocks from byte {int(superblocks[0, 0])} on contradicts itself: "
+            f"{int(differs.sum())} differ, {int(empty.sum())} are empty, {len(details)} of {due} details came"
+        )
+    return Answer(differs, empty, details)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """A span as the target was asked about it: its data, the superblocks of that, and the source's digests of them."""
+
+    message: CompareSpan
+    data: Ranges
+    superblocks: Ranges
+    digests: Digests
+
+
+def question_from_wire(message: CompareSpan, payload: memoryview, size_bytes: int) -> Question:
+    """The span with its ranges and digests; the connection has checked that they fit each other.
+
+    Raises:
+        PeerViolation: the span is not part of a disk of `size_bytes`, or is asked about too coarsely.
+    """
+    end = message.offset_bytes + message.length_bytes
+    if end > size_bytes or (end % BLOCK_BYTES and end != size_bytes):
+        raise PeerViolation(
+            f"a span of {message.length_bytes} bytes at offset {message.offset_bytes} does not fit the disk of "
+            f"{size_bytes} bytes"
+        )
+    data = ranges_from_wire(payload, message.count)
+    superblocks = split(data, message.superblock_bytes)
+    return Question(message, data, superblocks, digests_from_wire(payload[message.count * RANGE_BYTES :]))
 
 
 @dataclass
-class RisingRanges:
-    """A reader of ranges that must rise, stay inside the disk and start on block boundaries.
+class Coverage:
+    """Which of a disk was spoken of: spans of all connections, each byte in exactly one.
+
+    Spans come nearly in order, so few are kept apart at any time.
 
     Attributes:
-        what: what the ranges are, for the sentence of a violation.
-        size_bytes: the source's size: ranges end there at the latest.
-        block_bytes: every range starts, and ends unless it ends the disk, at a multiple of it.
-        cursor_bytes: where the next range may start at the earliest.
+        size_bytes: of the disk.
     """
 
-    what: str
     size_bytes: int
-    block_bytes: int
-    cursor_bytes: int = field(default=0)
+    _starts: list[int] = field(default_factory=list)
+    _ends: list[int] = field(default_factory=list)
+
+    def claim(self, offset: int, length: int) -> None:
+        """Add a span.
+
+        Raises:
+            PeerViolation: part of it was spoken of before.
+        """
+        end = offset + length
+        at = bisect_right(self._starts, offset)
+        if (at and self._ends[at - 1] > offset) or (at < len(self._starts) and self._starts[at] < end):
+            raise PeerViolation(f"the span of {length} bytes at offset {offset} was spoken of before")
+        joins_left = at > 0 and self._ends[at - 1] == offset
+        joins_right = at < len(self._starts) and self._starts[at] == end
+        if joins_left and joins_right:
+            self._ends[at - 1] = self._ends[at]
+            del self._starts[at], self._ends[at]
+        elif joins_left:
+            self._ends[at - 1] = end
+        elif joins_right:
+            self._starts[at] = offset
+        else:
+            self._starts.insert(at, offset)
+            self._ends.insert(at, end)
+
+    @property
+    def covered_bytes(self) -> int:
+        """How much was spoken of."""
+        return sum(self._ends) - sum(self._starts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return self.covered_bytes == self.size_bytes
+
+
+@dataclass
+class Allowed:
+    """Where changed ranges may come on one connection: in superblocks answered as differing, rising, each byte once.
+
+    Answers are given out of turn, so what is still to come is kept by span; data comes in the order of the spans.
+
+    Attributes:
+        size_bytes: of the disk; a range may end off a page only there.
+    """
+
+    size_bytes: int
+    _spans: list[tuple[int, Ranges]] = field(default_factory=list)
+    _cursor_bytes: int = 0
+
+    def open(self, offset: int, superblocks: Ranges) -> None:
+        """The span at `offset` was answered: these of its superblocks differ."""
+        if len(superblocks):
+            at = bisect_right(self._spans, offset, key=lambda span: span[0])
+            self._spans.insert(at, (offset, superblocks))
+
+    @property
+    def open_spans(self) -> int:
+        """How many spans are kept."""
+        return len(self._spans)
 
     def accept(self, ranges: Ranges) -> None:
-        """Check `ranges` whole, then move the cursor behind the last.
+        """Check changed ranges whole, then move on behind the last; all are of one span.
 
         Raises:
             PeerViolation: naming the first range that is wrong.
         """
         if not len(ranges):
-            raise PeerViolation(f"a message of {self.what} names no range")
+            raise PeerViolation("a message of changed ranges names no range")
         starts, lengths = ranges[:, 0], ranges[:, 1]
-        size, block = np.uint64(self.size_bytes), np.uint64(self.block_bytes)
-        inside = (lengths > 0) & (starts < size) & (lengths <= size - np.minimum(starts, size))
-        ends = np.where(inside, starts + lengths, starts)
-        aligned = (starts % block == 0) & ((ends % block == 0) | (ends == size))
-        earliest = np.concatenate((np.array([self.cursor_bytes], dtype=np.uint64), ends[:-1]))
-        good = inside & aligned & (starts >= earliest)
+        ends = starts + lengths
+        first = int(starts[0])
+        while len(self._spans) > 1 and self._spans[1][0] <= first:
+            del self._spans[0]
+        page, size = np.uint64(PAGE_BYTES), np.uint64(self.size_bytes)
+        good = (lengths > 0) & (starts < size) & (lengths <= size) & (starts % page == 0)
+        good &= (ends % page == 0) | (ends == size)
+        good &= starts >= np.concatenate((np.array([self._cursor_bytes], dtype=np.uint64), ends[:-1]))
+        if self._spans and good.all():
+            good &= self._inside(self._spans[0][1], ranges)
+        else:
+            good &= bool(self._spans)
         if not good.all():
             start, length = (int(value) for value in ranges[int(np.argmin(good))])
             raise PeerViolation(
-                f"{self.what} of {length} bytes at offset {start} are outside what the pass allows "
-                f"(disk of {self.size_bytes} bytes, blocks of {self.block_bytes}, rising from {self.cursor_bytes})"
+                f"changed data of {length} bytes at offset {start} is outside what the answers allow "
+                f"(disk of {self.size_bytes} bytes, rising from {self._cursor_bytes})"
             )
-        self.cursor_bytes = int(ends[-1])
+        self._cursor_bytes = int(ends[-1])
+
+    @staticmethod
+    def _inside(superblocks: Ranges, ranges: Ranges) -> np.ndarray:
+        """Whether each range lies in superblocks that adjoin."""
+        edges = superblocks[:, 0] + superblocks[:, 1]
+        breaks = np.concatenate(([True], superblocks[1:, 0] != edges[:-1]))
+        runs = np.cumsum(breaks) - 1
+        owner = owners(superblocks, ranges)
+        last = np.searchsorted(superblocks[:, 0], ranges[:, 0] + ranges[:, 1], side="left") - 1
+        inside = (owner >= 0) & (ranges[:, 0] < edges[np.maximum(owner, 0)])
+        return inside & (ranges[:, 0] + ranges[:, 1] <= edges[last]) & (runs[last] == runs[np.maximum(owner, 0)])

@@ -1,58 +1,73 @@
 """The source side of a pass over one disk.
 
-The target leads, the source follows: ranges of data are announced well ahead of the reading, the target hashes its own
-blocks and answers with their digests, and when the source has read and hashed the same batch the answer is usually
-there. Differing blocks leave from the buffer they were read into: nothing is read twice, and a round trip is paid once
-in a pass, not once in a batch.
+The source leads: it reads a span, sends the digests of its superblocks, and holds the bytes until the target has said
+what of them differs there. What differs leaves from the buffer it was read into: nothing is read twice, and a pass pays
+two round trips of latency, one for the comparison and one for the proof, however many spans it has.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import trio
 
-from agent.delta.blocks import Batch, ZeroRun, plan_batches
-from agent.delta.compare import differing
-from agent.delta.digests import DIGEST_BYTES, Digests, block_digests, digests_from_wire
-from agent.delta.pack import Packed, Packer
+from agent.delta.blocks import Ranges, Span, plan_spans
+from agent.delta.compare import Answer, changed_pieces
+from agent.delta.compression import Choice
+from agent.delta.digests import digests_to_wire
+from agent.delta.granularity import Granularity, Seen
+from agent.delta.pack import Packed
 from agent.disk.seam import Disk
 from agent.sync.budget import ByteBudget
-from agent.sync.conversation import Conversation
+from agent.sync.buffers import BufferPool
+from agent.sync.conversation import Conversation, Lane
+from agent.sync.hashing import Hashed, hash_span
 from agent.sync.meter import Meter
-from agent.sync.payloads import ranges_to_wire
+from agent.sync.payloads import answer_from_wire, ranges_to_wire
+from agent.sync.rate import Limits
+from agent.sync.tuning import Tuning
 from protocol.errors import PeerViolation
-from protocol.messages import (
-    BlockData,
-    Codec,
-    CompareRanges,
-    EndOfPass,
-    PassVerified,
-    RangeDigests,
-    ZeroRanges,
-)
+from protocol.messages import BlockData, Codec, CompareSpan, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
 
-READERS = 2
-"""Batches that are read and hashed at the same time: one waits for storage while the other is hashed."""
-BUFFERS = 4
-"""Batch buffers of one disk: what the readers fill plus what is being packed and sent."""
-ANNOUNCED_BATCHES = 256
-"""How many batches may be announced and not settled, whatever their size: bounds the books of a scattered disk."""
+PLANNED_AT_ONCE = 8
+"""Spans planned in one thread hop: asking for extents is quick, the hop is not."""
+
+
+@dataclass(eq=False)
+class Work:
+    """A span on its way: read and hashed, asked about, answered, settled (what differs of it is sent).
+
+    Attributes:
+        before: the span before it on its lane: questions and data of a lane keep the order of the disk.
+    """
+
+    span: Span
+    lane: Lane
+    granularity: Granularity
+    buffer: memoryview | None
+    before: Work | None
+    hashed: Hashed | None = None
+    answer: Answer | None = None
+    asked: trio.Event = field(default_factory=trio.Event)
+    answered: trio.Event = field(default_factory=trio.Event)
+    settled: trio.Event = field(default_factory=trio.Event)
 
 
 @dataclass
-class Work:
-    """A batch on its way through the source: announced, read and hashed, answered, settled."""
+class LaneBooks:
+    """What one connection has carried of the pass, as `EndOfPass` tells it."""
 
-    batch: Batch
-    buffer: memoryview | None = None
-    ours: Digests | None = None
-    theirs: Digests | None = None
-    read: trio.Event = field(default_factory=trio.Event)
-    answered: trio.Event = field(default_factory=trio.Event)
+    ahead: ByteBudget
+    pending: dict[int, Work] = field(default_factory=dict)
+    last: Work | None = None
+    data_bytes: int = 0
+    zero_bytes: int = 0
+    compared_bytes: int = 0
 
 
 @dataclass
@@ -62,10 +77,12 @@ class SourcePass:
     Attributes:
         disk: the view.
         size_bytes: its size as granted.
-        talk: the connection, welcomed already.
+        talk: the connections, welcomed already; no more join.
         seed: the seed of this pass's digests.
-        ahead_bytes: how much may be asked for and not answered, as the target's welcome says.
-        batch_bytes: how much data one batch holds at most.
+        ahead_bytes: how much may be asked about and not answered on each connection, as the welcomes say.
+        buffers: the host's batch buffers.
+        limits: what may be sent and read in a second.
+        tuning: chooses granularity and compression while the pass runs.
     """
 
     disk: Disk
@@ -73,19 +90,16 @@ class SourcePass:
     talk: Conversation
     seed: int
     ahead_bytes: int
-    batch_bytes: int
+    buffers: BufferPool
+    limits: Limits
+    tuning: Tuning
     meter: Meter
     verified: PassVerified | None = None
 
     def __post_init__(self) -> None:
-        self._ahead = ByteBudget(self.ahead_bytes)
-        self._pending: dict[int, Work] = {}
-        self._to_read = trio.open_memory_channel[Work](ANNOUNCED_BATCHES)
-        self._to_settle = trio.open_memory_channel[Work](ANNOUNCED_BATCHES)
-        self._buffers = trio.open_memory_channel[memoryview](BUFFERS)
-        self._packer = Packer()
-        for _ in range(BUFFERS):
-            self._buffers[0].send_nowait(memoryview(bytearray(self.batch_bytes)))
+        self._readers = trio.Semaphore(self.disk.readers)
+        self._books = {lane: LaneBooks(ByteBudget(self.ahead_bytes)) for lane in self.talk.lanes}
+        self.meter.access = self.disk.access
 
     async def run(self) -> PassVerified:
         """Carry the pass to its end; returns what the target verified.
@@ -93,110 +107,177 @@ class SourcePass:
         Raises:
             AgentError, ProtocolError: the pass is not complete.
         """
-        await self.talk.run(self._announce, *[self._read] * READERS, self._settle, self._listen)
-        assert self.verified is not None  # _listen ends only by it or by an error
+        listeners = [partial(self._listen, lane) for lane in self.talk.lanes]
+        await self.talk.run(self._plan, *listeners, meanwhile=self._tune)
+        self.meter.wire_bytes = self.talk.wire_bytes
+        assert self.verified is not None  # every listener ends only by it or by an error
         return self.verified
 
-    async def _announce(self) -> None:
-        plan: Iterator[Batch | ZeroRun] = plan_batches(
-            self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self.batch_bytes
+    # --- planning -------------------------------------------------------------------------------------------------
+
+    async def _plan(self) -> None:
+        plan = plan_spans(
+            self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self.buffers.buffer_bytes
         )
-        while (item := await self.talk.threads.on_disk(lambda: next(plan, None))) is not None:
-            if isinstance(item, Batch):
-                await self._announce_batch(item)
-                continue
-            self.meter.zero_bytes += item.zero_bytes
-            self.meter.settled_bytes += item.zero_bytes
-            message = ZeroRanges(count=len(item.ranges), compared=False)
-            await self.talk.send(message, ranges_to_wire(item.ranges))
-        # Closed only here, where everything is announced: after a failure the end must not look like one.
-        self._to_read[0].close()
-        self._to_settle[0].close()
+        while spans := await self.talk.threads.on_disk(lambda: list(islice(plan, PLANNED_AT_ONCE))):
+            for span in spans:
+                await self._begin(span)
+        for lane, books in self._books.items():
+            if books.last is not None:
+                await books.last.settled.wait()
+            end = EndOfPass(
+                lanes=len(self._books),
+                data_bytes=books.data_bytes,
+                zero_bytes=books.zero_bytes,
+                compared_bytes=books.compared_bytes,
+            )
+            await self.talk.send(lane, end)
 
-    async def _announce_batch(self, batch: Batch) -> None:
-        work = Work(batch)
-        await self._ahead.take(batch.data_bytes)
-        self._pending[batch.number] = work
-        message = CompareRanges(batch=batch.number, block_bytes=batch.block_bytes, count=len(batch.ranges))
-        await self.talk.send(message, ranges_to_wire(batch.ranges))
-        await self._to_settle[0].send(work)
-        await self._to_read[0].send(work)
+    async def _begin(self, span: Span) -> None:
+        """Take what the span needs, in the order of the disk, and let it go its way."""
+        lane = self.talk.lanes[span.number % len(self.talk.lanes)]
+        books = self._books[lane]
+        buffer = None
+        if span.data_bytes:
+            await books.ahead.take(span.data_bytes)
+            await self.limits.read.take(span.data_bytes)
+            buffer = await self.buffers.take()
+        books.last = Work(span, lane, self.tuning.granularity, buffer, books.last)
+        self.talk.spawn(partial(self._carry, books.last))
 
-    async def _read(self) -> None:
-        # The buffer comes first: whoever then takes the oldest batch can always finish it.
+    async def _carry(self, work: Work) -> None:
+        try:
+            await self._read(work)
+            await self._ask(work)
+            frames = await self._choose(work)
+            if not frames:
+                self._let_go(work)
+            if work.before is not None:
+                await work.before.settled.wait()
+                work.before = None  # a chain of all spans of a disk would never be freed
+            for packed in frames:
+                await self._send_frame(work, packed)
+        finally:
+            self._let_go(work)
+        self.meter.settled_bytes += work.span.length_bytes
+        self.meter.wire_bytes = self.talk.wire_bytes
+        work.settled.set()
+
+    def _let_go(self, work: Work) -> None:
+        if work.buffer is not None:
+            self.buffers.give(work.buffer)
+            work.buffer = work.hashed = None
+
+    # --- reading and asking ---------------------------------------------------------------------------------------
+
+    async def _read(self, work: Work) -> None:
+        if work.buffer is None:
+            return
+        call = partial(
+            hash_span,
+            self.disk,
+            work.span.data,
+            work.buffer,
+            superblock_bytes=work.granularity.superblock_bytes,
+            seed=self.seed,
+        )
+        async with self._readers:
+            work.hashed = await self.talk.threads.on_disk(call)
+        self.meter.compared_bytes += work.span.data_bytes
+
+    async def _ask(self, work: Work) -> None:
+        span, books = work.span, self._books[work.lane]
+        message = CompareSpan(
+            batch=span.number,
+            offset_bytes=span.offset_bytes,
+            length_bytes=span.length_bytes,
+            superblock_bytes=work.granularity.superblock_bytes,
+            detail_bytes=work.granularity.detail_bytes,
+            count=len(span.data),
+        )
+        if work.before is not None:
+            await work.before.asked.wait()
+        if work.hashed is None:
+            await self.talk.send(work.lane, message)
+        else:
+            books.pending[span.number] = work
+            await self.talk.send(
+                work.lane, message, ranges_to_wire(span.data) + digests_to_wire(work.hashed.digests)
+            )
+        work.asked.set()
+        books.zero_bytes += span.zero_bytes
+        books.compared_bytes += span.data_bytes
+        self.meter.zero_bytes += span.zero_bytes
+
+    async def _listen(self, lane: Lane) -> None:
+        books = self._books[lane]
         while True:
-            buffer = await self._buffers[1].receive()
-            try:
-                work = await self._to_read[1].receive()
-            except trio.EndOfChannel:
-                return
-            work.buffer = buffer
-            work.ours = await self.talk.threads.on_disk(partial(self._read_and_hash, work.batch, buffer))
-            self.meter.compared_bytes += work.batch.data_bytes
-            work.read.set()
-
-    def _read_and_hash(self, batch: Batch, buffer: memoryview) -> Digests:
-        filled = 0
-        for offset, length in batch.ranges.tolist():
-            self.disk.read_into(offset, buffer[filled : filled + length])
-            filled += length
-        return block_digests(buffer[:filled], batch.block_lengths(), seed=self.seed)
-
-    async def _settle(self) -> None:
-        async for work in self._to_settle[1]:
-            await work.read.wait()
-            await work.answered.wait()
-            assert work.ours is not None
-            assert work.theirs is not None
-            assert work.buffer is not None
-            chosen = differing(work.ours, work.theirs)
-            if chosen.any():
-                await self._send_blocks(work.batch, work.buffer, chosen)
-            self.meter.settled_bytes += work.batch.data_bytes
-            self._buffers[0].send_nowait(work.buffer)
-        books = EndOfPass(
-            data_bytes=self.meter.changed_bytes,
-            zero_bytes=self.meter.zero_bytes,
-            compared_bytes=self.meter.compared_bytes,
-        )
-        await self.talk.send(books)
-
-    async def _send_blocks(self, batch: Batch, buffer: memoryview, chosen: np.ndarray) -> None:
-        frames = self._packer.pack(buffer, batch.blocks(), chosen)
-        while (packed := await self.talk.threads.on_compute(lambda: next(frames, None))) is not None:
-            if packed.zero:
-                await self.talk.send(ZeroRanges(count=len(packed.ranges), compared=True), ranges_to_wire(packed.ranges))
-                continue
-            await self._send_data(packed)
-
-    async def _send_data(self, packed: Packed) -> None:
-        message = BlockData(count=len(packed.ranges), codec=Codec(packed.codec.value), plain_bytes=packed.plain_bytes)
-        head = ranges_to_wire(packed.ranges) + packed.blake3
-        self.meter.changed_bytes += packed.plain_bytes
-        self.meter.wire_bytes += len(head) + len(packed.payload)
-        await self.talk.send(message, head, packed.payload)
-
-    async def _listen(self) -> None:
-        while self.verified is None:
-            message, payload = await self.talk.receive()
+            message, payload = await self.talk.receive(lane)
             match message:
-                case RangeDigests():
-                    self._answer(message, payload)
+                case SpanAnswer():
+                    self._take_answer(books, message, payload)
                 case PassVerified():
+                    if self.verified is not None and self.verified != message:
+                        raise PeerViolation("the target tells different results on two connections of one disk")
                     self.verified = message
+                    return
                 case _:
                     raise PeerViolation(f"a target agent does not say {type(message).__name__} in a pass")
 
-    def _answer(self, message: RangeDigests, payload: memoryview) -> None:
-        work = self._pending.pop(message.batch, None)
-        if work is None:
+    def _take_answer(self, books: LaneBooks, message: SpanAnswer, payload: memoryview) -> None:
+        work = books.pending.pop(message.batch, None)
+        if work is None or work.hashed is None:
             raise PeerViolation(f"the target answered batch {message.batch}, which waits for no answer")
-        blocks = len(work.batch.block_lengths())
-        if payload.nbytes != blocks * DIGEST_BYTES:
-            raise PeerViolation(
-                f"the target answered batch {message.batch} with {payload.nbytes} bytes of digests "
-                f"instead of {blocks * DIGEST_BYTES}"
-            )
-        work.theirs = digests_from_wire(payload)
-        self._ahead.give(work.batch.data_bytes)
+        work.answer = answer_from_wire(
+            payload,
+            work.hashed.superblocks,
+            superblock_bytes=work.granularity.superblock_bytes,
+            detail_bytes=work.granularity.detail_bytes,
+        )
+        books.ahead.give(work.span.data_bytes)
         work.answered.set()
+
+    # --- sending --------------------------------------------------------------------------------------------------
+
+    async def _choose(self, work: Work) -> list[Packed]:
+        """What of the span differs, packed; the tuning learns from it."""
+        if work.hashed is None:
+            return []
+        await work.answered.wait()
+        assert work.answer is not None
+        if not work.answer.differs.any():
+            self.tuning.learn(self._seen(work, work.answer.differs, None, 0))
+            return []
+        pieces, details, frames, packing_s = await self.talk.threads.on_compute(
+            partial(self._pack, work, work.answer, work.hashed, self.tuning.compression)
+        )
+        self.tuning.learn(self._seen(work, work.answer.differs, pieces, details))
+        self.tuning.packed(frames, packing_s)
+        return frames
+
+    def _pack(
+        self, work: Work, answer: Answer, hashed: Hashed, choice: Choice
+    ) -> tuple[Ranges, int, list[Packed], float]:
+        started = time.perf_counter()
+        pieces, details = changed_pieces(
+            hashed.superblocks,
+            answer,
+            hashed.held,
+            superblock_bytes=work.granularity.superblock_bytes,
+            detail_bytes=work.granularity.detail_bytes,
+            seed=self.seed,
+        )
+        frames = self.tuning.packer.pack(hashed.held.buffer, pieces, hashed.held.starts(pieces), choice)
+        return pieces, details, frames, time.perf_counter() - started
+
+    async def _send_frame(self, work: Work, packed: Packed) -> None:
+        head = ranges_to_wire(packed.ranges)
+        if packed.zero:
+            await self.talk.send(work.lane, ZeroRanges(count=len(packed.ranges)), head)
+            return
+        message = BlockData(count=len(packed.ranges), codec=Codec(packed.codec.value), plain_bytes=packed.plain_bytes)
+        stored_bytes = sum(memoryview(piece).nbytes for piece in packed.pieces)
+        await self.limits.network.take(len(head) + len(packed.proofs) + stored_bytes)
+        await self.talk.send(work.lane, message, head + packed.proofs, *packed.pieces)
+        self._books[work.lane].data_bytes += packed.plain_bytes
+        self.meter.add_frame(packed, stored_bytes)

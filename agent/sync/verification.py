@@ -1,105 +1,141 @@
-"""Proof of what was written: flush, read back past the page cache, compare with what the source said it sent."""
+"""Proof of what was written: read back past the page cache, compare with what the source said it sent.
+
+The flush comes before; it is the caller's.
+"""
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 
 import numpy as np
 from blake3 import blake3
 
 from agent.delta.blocks import Ranges
-from agent.delta.pack import BLAKE3_BYTES
 from agent.disk.seam import Disk
 from agent.errors import VerificationFailed
+from agent.sync.payloads import PROOF_BYTES
 
-READ_BYTES = 4 << 20
+READ_BYTES = 2 << 20
 """How much is read back at once."""
+BRIDGED_BYTES = 64 << 10
+"""What lies between two written ranges is read along where it is no more than this: storage takes about as long to
+find a place as to read so much."""
 
 
 @dataclass
 class Written:
-    """What was written since the last flush: blocks with their BLAKE3 digests, and zeroed runs.
+    """What was written since the last flush: ranges with their BLAKE3 digests, and zeroed runs.
 
-    Bounded by `agent.sync.target.VERIFY_EVERY_BYTES` of blocks (48 bytes of books for each).
+    Attributes:
+        size_bytes: data and zeroes together.
+        count: ranges and runs together: what bounds its memory.
     """
 
     ranges: list[Ranges] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
+    proofs: list[bytes] = field(default_factory=list)
     zeroes: list[tuple[int, int]] = field(default_factory=list)
     size_bytes: int = 0
+    count: int = 0
 
-    def add_blocks(self, ranges: Ranges, digests: bytes) -> None:
-        """Remember blocks and their digests (32 bytes each, in the order of `ranges`)."""
+    def add_data(self, ranges: Ranges, proofs: bytes) -> None:
+        """Remember ranges and their digests (32 bytes each, in the order of `ranges`)."""
         self.ranges.append(ranges)
-        self.digests.append(digests)
+        self.proofs.append(proofs)
         self.size_bytes += int(ranges[:, 1].sum())
+        self.count += len(ranges)
 
-    def add_zeroes(self, runs: list[tuple[int, int]]) -> None:
-        """Remember zeroed runs (offset, length)."""
-        self.zeroes.extend(runs)
-        self.size_bytes += sum(length for _, length in runs)
+    def add_zeroes(self, offset: int, length: int) -> None:
+        """Remember a zeroed run."""
+        self.zeroes.append((offset, length))
+        self.size_bytes += length
+        self.count += 1
 
 
-def verify(disk: Disk, written: Written) -> int:
-    """Flush, then read everything in `written` back; returns the bytes proven.
+def shares(written: Written, count: int) -> list[Written]:
+    """`written` in at most `count` parts of about the same size, each in rising order."""
+    parts = [Written() for _ in range(count)]
+    if written.ranges:
+        ranges = np.concatenate(written.ranges)
+        proofs = np.frombuffer(b"".join(written.proofs), dtype=f"V{PROOF_BYTES}")
+        order = np.argsort(ranges[:, 0], kind="stable")
+        ranges, proofs = ranges[order], proofs[order]
+        done = np.cumsum(ranges[:, 1])
+        cuts = np.searchsorted(done, [int(done[-1]) * k // count for k in range(1, count)], side="right")
+        pairs = zip(np.split(ranges, cuts), np.split(proofs, cuts), strict=True)
+        for part, (some, theirs) in zip(parts, pairs, strict=True):
+            if len(some):
+                part.add_data(some, theirs.tobytes())
+    for number, (offset, length) in enumerate(written.zeroes):
+        parts[number % count].add_zeroes(offset, length)
+    return [part for part in parts if part.count]
+
+
+def read_back(disk: Disk, written: Written) -> int:
+    """Read everything in `written` back; returns the bytes proven.
 
     Raises:
         VerificationFailed: naming disk and offset of the first difference.
-        DiskError: the flush or a read failed.
+        DiskError: a read failed.
     """
-    disk.flush()
+    buffer = memoryview(mmap.mmap(-1, READ_BYTES))
     proven = 0
-    buffer = memoryview(bytearray(READ_BYTES))
-    if written.ranges:
-        ranges = np.concatenate(written.ranges)
-        proven += _verify_blocks(disk, ranges, b"".join(written.digests), buffer)
+    for ranges, proofs in zip(written.ranges, written.proofs, strict=True):
+        proven += _read_data(disk, ranges, proofs, buffer)
     for offset, length in written.zeroes:
-        proven += _verify_zeroes(disk, offset, length, buffer)
+        proven += _read_zeroes(disk, offset, length, buffer)
     return proven
 
 
-def _verify_blocks(disk: Disk, ranges: Ranges, digests: bytes, buffer: memoryview) -> int:
-    proven, index = 0, 0
-    for start, stop in _adjoining(ranges, buffer.nbytes):
-        offset = int(ranges[start, 0])
-        length = int(ranges[start:stop, 1].sum())
-        disk.read_back(offset, buffer[:length])
-        at = 0
-        for size in ranges[start:stop, 1].tolist():
-            expected = digests[index * BLAKE3_BYTES : (index + 1) * BLAKE3_BYTES]
-            if blake3(buffer[at : at + size]).digest() != expected:
-                raise _difference(disk, offset + at, size)
-            at, index = at + size, index + 1
-        proven += length
-    return proven
+def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview) -> int:
+    offsets, ends = ranges[:, 0].tolist(), (ranges[:, 0] + ranges[:, 1]).tolist()
+    for start, stop in _groups(offsets, ends):
+        first = offsets[start]
+        if ends[stop - 1] - first > READ_BYTES:  # a range larger than the buffer, alone
+            _check_large(disk, first, ends[start], proofs[start * PROOF_BYTES : stop * PROOF_BYTES], buffer)
+            continue
+        whole = buffer[: ends[stop - 1] - first]
+        disk.read_back(first, whole)
+        for index in range(start, stop):
+            piece = whole[offsets[index] - first : ends[index] - first]
+            if blake3(piece).digest() != proofs[index * PROOF_BYTES : (index + 1) * PROOF_BYTES]:
+                raise _difference(disk, offsets[index], piece.nbytes)
+    return sum(ends) - sum(offsets)
 
 
-def _adjoining(ranges: Ranges, limit_bytes: int) -> list[tuple[int, int]]:
-    """Index pairs (start, stop) of blocks that adjoin and together fit the buffer."""
+def _groups(offsets: list[int], ends: list[int]) -> list[tuple[int, int]]:
+    """Index pairs (start, stop) of ranges that one read brings: near one another, together within the buffer."""
     groups: list[tuple[int, int]] = []
-    start, size = 0, 0
-    for index, (offset, length) in enumerate(ranges.tolist()):
-        adjoins = index > start and offset == int(ranges[index - 1].sum())
-        if index > start and (not adjoins or size + length > limit_bytes):
+    start = 0
+    for index in range(1, len(offsets)):
+        if offsets[index] - ends[index - 1] > BRIDGED_BYTES or ends[index] - offsets[start] > READ_BYTES:
             groups.append((start, index))
-            start, size = index, 0
-        size += length
-    groups.append((start, len(ranges)))
+            start = index
+    groups.append((start, len(offsets)))
     return groups
 
 
-def _verify_zeroes(disk: Disk, offset: int, length: int, buffer: memoryview) -> int:
+def _check_large(disk: Disk, offset: int, end: int, proof: bytes, buffer: memoryview) -> None:
+    hasher = blake3()
+    for at in range(offset, end, READ_BYTES):
+        part = buffer[: min(READ_BYTES, end - at)]
+        disk.read_back(at, part)
+        hasher.update(part)
+    if hasher.digest() != proof:
+        raise _difference(disk, offset, end - offset)
+
+
+def _read_zeroes(disk: Disk, offset: int, length: int, buffer: memoryview) -> int:
     """Holes prove themselves (the storage guarantees that they read as zero); the rest is read."""
     for extent in disk.extents(offset, length):
         if extent.zero:
             continue
-        at, end = extent.offset_bytes, extent.offset_bytes + extent.length_bytes
-        while at < end:
-            step = min(buffer.nbytes, end - at)
-            disk.read_back(at, buffer[:step])
-            if np.frombuffer(buffer[:step], dtype=np.uint8).any():
-                raise _difference(disk, at, step)
-            at += step
+        end = extent.offset_bytes + extent.length_bytes
+        for at in range(extent.offset_bytes, end, READ_BYTES):
+            part = buffer[: min(READ_BYTES, end - at)]
+            disk.read_back(at, part)
+            if np.frombuffer(part, dtype=np.uint8).any():
+                raise _difference(disk, at, part.nbytes)
     return length
 
 

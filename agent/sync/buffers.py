@@ -1,0 +1,72 @@
+"""The memory of passes: page-aligned batch buffers, one pool for all disks of the host."""
+
+from __future__ import annotations
+
+import mmap
+
+import trio
+
+from agent.delta.blocks import BATCH_BYTES
+
+POOL_BUFFERS = 10
+"""Batches of a host that are in memory at once: at 8 MiB, what keeps two disks reading, comparing, packing and sending
+side by side, and what 100 ms of round trip hold back at 800 MB/s; the rest of an agent's 256 MiB is for what is on the
+wire."""
+
+
+class BufferPool:
+    """Buffers that are lent and come back. The one that came back last is lent first: it is still in the caches.
+
+    Args:
+        buffers: how many there are; each is made when it is first needed.
+        buffer_bytes: size of each, a multiple of the page size; they begin at pages, as O_DIRECT wants it.
+    """
+
+    def __init__(self, buffers: int = POOL_BUFFERS, buffer_bytes: int = BATCH_BYTES) -> None:
+        self.buffer_bytes = buffer_bytes
+        self._free: list[memoryview] = []
+        self._room = trio.Semaphore(buffers, max_value=buffers)
+
+    async def take(self) -> memoryview:
+        """Wait for a buffer; whoever waits longest is first."""
+        await self._room.acquire()
+        return self._free.pop() if self._free else memoryview(mmap.mmap(-1, self.buffer_bytes))
+
+    def give(self, buffer: memoryview) -> None:
+        """Give a buffer back; nobody may use it any more."""
+        self._free.append(buffer)
+        self._room.release()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is lent."""
+        return self._room.value == self._room.max_value
+
+
+RECEIVED_BYTES = 64 << 20
+"""Block data that may be on its way to this host, or wait to be written, on all its connections together."""
+MOST_WINDOW_BYTES = 32 << 20
+"""One connection's share at most: fills a 25 Gbit/s link over 10 ms."""
+LEAST_WINDOW_BYTES = 2 << 20
+"""What even the last of many connections gets: two frames, so that one is written while the next one comes."""
+
+
+class Windows:
+    """What connections may have on their way to this host: the first get more, each some.
+
+    Nobody waits for a window: a source that is not welcomed soon gives up. So many connections together may take more
+    than `limit_bytes`, by the least window each.
+    """
+
+    def __init__(self, limit_bytes: int = RECEIVED_BYTES) -> None:
+        self._free_bytes = limit_bytes
+
+    def lease(self) -> int:
+        """The window of one more connection, in bytes."""
+        window = max(LEAST_WINDOW_BYTES, min(MOST_WINDOW_BYTES, self._free_bytes // 2))
+        self._free_bytes -= window
+        return window
+
+    def give_back(self, window_bytes: int) -> None:
+        """The connection is over."""
+        self._free_bytes += window_bytes

@@ -1,0 +1,165 @@
+"""Writing what came, and proving it: unpack → write → flush → read back, overlapping, each bounded in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import trio
+
+from agent.delta.blocks import Ranges, as_runs, coalesce
+from agent.delta.pack import Codec, Unpacker
+from agent.disk.seam import Disk, Extent
+from agent.sync.budget import ByteBudget
+from agent.sync.conversation import Conversation, Lane, side_by_side
+from agent.sync.meter import Meter
+from agent.sync.payloads import PROOF_BYTES, RANGE_BYTES
+from agent.sync.verification import Written, read_back, shares
+from protocol.messages import BlockData, Credit
+
+WRITERS = 2
+"""Frames of one disk that are unpacked and written at the same time: one waits for storage, the other is proven."""
+READ_BACKS = 4
+"""Threads that read back side by side: scattered small reads cost storage time each, not bandwidth."""
+VERIFY_EVERY_BYTES = 64 << 20
+"""How much is written between two flushes: a flush costs a fixed time, the digests waiting for it cost memory."""
+VERIFY_EVERY_RANGES = 64 << 10
+"""The same in ranges (48 bytes of books for each)."""
+QUEUE_BYTES = 64 << 20
+"""What may wait to be written: more than the windows grant, so that only zero ranges ever make a receiver wait."""
+ITEM_BYTES = 1024
+"""What an item of that queue is counted for besides its payload."""
+EXTENTS_AT_ONCE = 4096
+"""Extents looked at in one thread hop, so that a cancelled pass ends in bounded time."""
+ZERO_STEP_BYTES = 1 << 30
+"""Zeroed in one thread hop at most, for the same reason."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Incoming:
+    """Data (with its payload) or zeroes to write, as they came on a lane."""
+
+    lane: Lane
+    ranges: Ranges
+    data: BlockData | None
+    payload: memoryview
+
+
+class Writing:
+    """The writing half of a target's pass over one disk.
+
+    Args:
+        disk: the target.
+        talk: whose tasks run the work, and where credit is given.
+        before_first_write: awaited once before anything is written.
+        meter: the pass's books.
+    """
+
+    def __init__(
+        self, disk: Disk, talk: Conversation, before_first_write: Callable[[], Awaitable[None]], meter: Meter
+    ) -> None:
+        self._disk = disk
+        self._talk = talk
+        self._before_first_write = before_first_write
+        self._meter = meter
+        self._queue = ByteBudget(QUEUE_BYTES)
+        self._to_write = trio.open_memory_channel[Incoming](float("inf"))  # bounded by the queue's budget
+        self._to_verify = trio.open_memory_channel[Written](1)
+        self._unpacker = Unpacker()
+        self._written = Written()
+        self._marking = trio.Lock()
+        self._marked = False
+        self._writers = WRITERS
+        self._verified = trio.Event()
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """What must run while things are put."""
+        return [*[self._write] * WRITERS, self._verify]
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What was put and is not written yet."""
+        return self._queue.taken_bytes
+
+    async def put(self, item: Incoming) -> None:
+        """Queue an item; waits for room."""
+        await self._queue.take(item.payload.nbytes + ITEM_BYTES)
+        self._to_write[0].send_nowait(item)
+
+    async def finish(self) -> None:
+        """Nothing more comes: wait until everything is written, flushed, read back and equal."""
+        self._to_write[0].close()
+        await self._verified.wait()
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        async for item in self._to_write[1]:
+            if item.data is None:
+                await self._write_zeroes(item.ranges)
+            else:
+                await self._write_data(item, item.data)
+            self._queue.give(item.payload.nbytes + ITEM_BYTES)
+            if self._written.size_bytes >= VERIFY_EVERY_BYTES or self._written.count >= VERIFY_EVERY_RANGES:
+                await self._hand_over()
+        self._writers -= 1
+        if not self._writers:
+            await self._hand_over()
+            self._to_verify[0].close()
+
+    async def _hand_over(self) -> None:
+        """What is written by now is to be verified; what another writer is about to write, next time."""
+        written, self._written = self._written, Written()
+        if written.size_bytes:
+            await self._to_verify[0].send(written)
+
+    async def _mark(self) -> None:
+        async with self._marking:
+            if not self._marked:
+                await self._before_first_write()
+                self._marked = True
+
+    async def _write_data(self, item: Incoming, data: BlockData) -> None:
+        await self._mark()
+        head = len(item.ranges) * RANGE_BYTES
+        body = head + len(item.ranges) * PROOF_BYTES
+        proofs, stored = item.payload[head:body], item.payload[body:]
+        await self._talk.threads.on_disk(partial(self._unpack_and_write, item.ranges, proofs, stored, data))
+        self._written.add_data(item.ranges, bytes(proofs))
+        self._meter.written_bytes += data.plain_bytes
+        await self._talk.send(item.lane, Credit(payload_bytes=item.payload.nbytes))
+
+    def _unpack_and_write(self, ranges: Ranges, proofs: memoryview, stored: memoryview, data: BlockData) -> None:
+        plain = self._unpacker.unpack(stored, Codec(data.codec.value), ranges, proofs)
+        self._disk.write_runs(as_runs(ranges), plain)
+
+    async def _write_zeroes(self, ranges: Ranges) -> None:
+        """Only what is not zero yet is zeroed, however long the ranges are."""
+        extents = self._extents(coalesce(ranges))
+        while found := await self._talk.threads.on_disk(lambda: list(islice(extents, EXTENTS_AT_ONCE))):
+            runs = [(e.offset_bytes, e.length_bytes) for e in found if not e.zero]
+            if runs:
+                await self._mark()
+            for offset, length in runs:
+                for start in range(offset, offset + length, ZERO_STEP_BYTES):
+                    step = min(ZERO_STEP_BYTES, offset + length - start)
+                    await self._talk.threads.on_disk(partial(self._disk.write_zeroes, start, step))
+                    self._written.add_zeroes(start, step)
+                    self._meter.zeroed_bytes += step
+
+    def _extents(self, ranges: Ranges) -> Iterator[Extent]:
+        for offset, length in ranges.tolist():
+            yield from self._disk.extents(offset, length)
+
+    # --- verifying ------------------------------------------------------------------------------------------------
+
+    async def _verify(self) -> None:
+        async for written in self._to_verify[1]:
+            await self._talk.threads.on_disk(self._disk.flush)
+            await side_by_side(partial(self._read_back, share) for share in shares(written, READ_BACKS))
+        self._verified.set()
+
+    async def _read_back(self, share: Written) -> None:
+        self._meter.verified_bytes += await self._talk.threads.on_disk(partial(read_back, self._disk, share))
