@@ -17,12 +17,12 @@ import trio
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
 from agent.sync.buffers import BufferPool, Windows
-from agent.sync.conversation import Conversation, Lane
+from agent.sync.conversation import Conversation, Lane, accompanied, side_by_side
 from agent.sync.meter import Meter
 from agent.sync.rate import Limits
 from agent.sync.source import SourcePass
 from agent.sync.target import TargetPass
-from agent.sync.tuning import Tuning
+from agent.sync.tuning import Tunings
 from agent.threads import Threads, cores
 from protocol.bulk import BulkSocket
 from protocol.errors import ConnectionLost, PeerViolation
@@ -76,6 +76,7 @@ class Session:
     ended: trio.Event = field(default_factory=trio.Event)
     working: int = 0
     idle_since: float = 0.0
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.grant.direction is Direction.RECEIVE:
@@ -98,6 +99,7 @@ class PassDesk:
     threads: Threads
     buffers: BufferPool = field(default_factory=BufferPool)
     windows: Windows = field(default_factory=Windows)
+    tunings: Tunings = field(default_factory=Tunings)
     _sessions: dict[str, Session] = field(default_factory=dict)
     _at_once: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(DISKS_AT_ONCE))
 
@@ -213,10 +215,7 @@ class PassDesk:
                     before_first_write=before_first_write,
                     meter=meter,
                 )
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(arrived.let_join, target)
-                    await target.run()
-                    nursery.cancel_scope.cancel()
+                await accompanied(target.run, partial(arrived.let_join, target))
             finally:
                 session.working -= 1
                 session.idle_since = trio.current_time()
@@ -292,29 +291,16 @@ class PassDesk:
     ) -> tuple[DiskReport, ...]:
         """All disks side by side; the first failure ends the others and is what is raised."""
         meters = {disk.target: Meter(disk.target, disk.source_size_bytes) for disk in session.grant.disks}
-        failures: list[Exception] = []
-
-        async def guarded(granted: GrantedDisk) -> None:
-            try:
-                await one(granted, meters[granted.target])
-            except Exception as error:  # noqa: BLE001 - kept whole and raised below, once every disk has ended
-                failures.append(error)
-                scope.cancel()
 
         async def tell() -> None:
             while True:
                 await trio.sleep(PROGRESS_EVERY_S)
                 await progress(PassProgress(disks=tuple(meter.progress() for meter in meters.values())))
 
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as outer:
-                outer.start_soon(tell)
-                async with trio.open_nursery() as nursery:
-                    for granted in session.grant.disks:
-                        nursery.start_soon(guarded, granted)
-                outer.cancel_scope.cancel()
-        if failures:
-            raise failures[0]
+        async def disks() -> None:
+            await side_by_side(partial(one, granted, meters[granted.target]) for granted in session.grant.disks)
+
+        await accompanied(disks, tell)
         return tuple(meter.report() for meter in meters.values())
 
 

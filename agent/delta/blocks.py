@@ -7,7 +7,7 @@ of a coarser or finer grid (superblocks, pages) are cut the same way: at multipl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -139,9 +139,13 @@ def as_runs(ranges: Ranges) -> list[tuple[int, int]]:
 
 
 def plan_spans(
-    extents: Iterable[ExtentLike], size_bytes: int, *, batch_bytes: int = BATCH_BYTES, batch_ranges: int = BATCH_RANGES
+    extents: Iterable[ExtentLike],
+    size_bytes: int,
+    *,
+    batch_bytes: Callable[[], int] = lambda: BATCH_BYTES,
+    batch_ranges: int = BATCH_RANGES,
 ) -> Iterator[Span]:
-    """Turn the extents of a whole disk into spans of at most `batch_bytes` of data each.
+    """Turn the extents of a whole disk into spans.
 
     Data is widened to whole blocks, zeroes are narrowed to them. Lazy: one span is held, and a hole is part of one span
     however long it is.
@@ -149,24 +153,22 @@ def plan_spans(
     Args:
         extents: in order, adjoining, from 0 to `size_bytes`.
         size_bytes: of the disk.
-        batch_bytes: data in a full span, a multiple of the block size.
+        batch_bytes: asked before each span: data in it if it is full, a multiple of the block size.
         batch_ranges: ranges of data in a span at most.
 
     Raises:
         SyncError: the extents are not those of such a disk.
     """
-    if batch_bytes <= 0 or batch_bytes % BLOCK_BYTES:
-        raise ValueError(f"batches of {batch_bytes} bytes are not made of blocks of {BLOCK_BYTES}")
-    number, begin, filled = 0, 0, 0
+    number, begin, filled, most = 0, 0, 0, batch_bytes()
     data: list[tuple[int, int]] = []
     for start, end, zero in _aligned(_joined(extents, size_bytes), size_bytes):
         while not zero and start < end:
-            taken = min(batch_bytes - filled, end - start)
+            taken = min(most - filled, end - start)
             data.append((start, taken))
             start, filled = start + taken, filled + taken
-            if filled == batch_bytes or len(data) == batch_ranges:
+            if filled == most or len(data) == batch_ranges:
                 yield Span(number, begin, start - begin, to_ranges(data))
-                number, begin, filled, data = number + 1, start, 0, []
+                number, begin, filled, data, most = number + 1, start, 0, [], batch_bytes()
     if begin < size_bytes:
         yield Span(number, begin, size_bytes - begin, to_ranges(data))
 

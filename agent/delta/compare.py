@@ -5,6 +5,7 @@ Pure functions over a buffer that holds the data of some ranges end to end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -108,7 +109,7 @@ def answer(
     """The target's answer.
 
     Args:
-        superblocks: of the span, shape (n, 2); `theirs`: the source's digests of them.
+        superblocks: shape (n, 2); `theirs`: the source's digests of them.
         held: the target's bytes of those superblocks that do not read as zero, whole.
         superblock_bytes, detail_bytes: the granularity asked for.
         seed: 64 bits.
@@ -125,26 +126,64 @@ def answer(
     return Answer(differs, differs & ~is_read, details)
 
 
-def changed_pieces(
-    superblocks: Ranges, told: Answer, held: Held, *, superblock_bytes: int, detail_bytes: int, seed: int
-) -> tuple[Ranges, int]:
-    """What the source must send: pieces in rising order, shape (m, 2), and how many details were compared for it.
+def joined(answers: Sequence[Answer]) -> Answer:
+    """Answers about superblocks that follow one another as one."""
+    return Answer(
+        np.concatenate([each.differs for each in answers]),
+        np.concatenate([each.empty for each in answers]),
+        np.concatenate([each.details for each in answers]),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Portion:
+    """Superblocks that differ, and what the target told of them.
+
+    Attributes:
+        superblocks: shape (n, 2).
+        empty: which of them read as zero at the target, shape (n,).
+        pieces: the details of those that do not, shape (m, 2); none where a superblock is its own detail.
+        details: the target's digests of them.
+    """
+
+    superblocks: Ranges
+    empty: Mask
+    pieces: Ranges
+    details: Digests
+
+    def changed(self, held: Held, *, seed: int) -> Ranges:
+        """What must be sent of the portion, in rising order, from the source's bytes of its superblocks."""
+        if not len(self.pieces):
+            return self.superblocks
+        chosen = self.pieces[differing(held.details(self.pieces, seed=seed), self.details)]
+        both = np.concatenate((self.superblocks[self.empty], chosen))
+        return both[np.argsort(both[:, 0], kind="stable")]
+
+
+def portions(superblocks: Ranges, told: Answer, *, superblock_bytes: int, detail_bytes: int, most_bytes: int) -> Iterator[Portion]:
+    """What differs of a span, in portions of at most `most_bytes`, at least one superblock each.
 
     Args:
-        superblocks: of the span, shape (n, 2); `told`: what the target answered.
-        held: the source's bytes of the span's data.
+        superblocks: of the span, shape (n, 2); `told`: the target's answer about them.
         superblock_bytes, detail_bytes: the granularity that was asked for.
-        seed: 64 bits.
-
-    Raises:
-        SyncError: the answer has another number of details than it must.
+        most_bytes: what the source holds of them at once.
     """
-    whole = told.empty if detail_bytes < superblock_bytes else told.differs
-    pieces = detail_pieces(superblocks[told.differs & ~told.empty], superblock_bytes, detail_bytes)
-    if not len(pieces):
-        if len(told.details):
-            raise SyncError(f"{len(told.details)} digests of details came where none were due; update both agents.")
-        return superblocks[whole], 0
-    chosen = pieces[differing(held.details(pieces, seed=seed), told.details)]
-    both = np.concatenate((superblocks[whole], chosen))
-    return both[np.argsort(both[:, 0], kind="stable")], len(pieces)
+    chosen, empty = superblocks[told.differs], told.empty[told.differs]
+    at = 0
+    for start, end in groups(chosen[:, 1], most_bytes):
+        some, none = chosen[start:end], empty[start:end]
+        pieces = detail_pieces(some[~none], superblock_bytes, detail_bytes)
+        yield Portion(some, none, pieces, told.details[at : at + len(pieces)])
+        at += len(pieces)
+
+
+def groups(lengths: NDArray[np.uint64], most_bytes: int) -> Iterator[tuple[int, int]]:
+    """Index pairs (start, end) of neighbours that are together no longer than `most_bytes`, one at least."""
+    start, size = 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        if index > start and size + length > most_bytes:
+            yield start, index
+            start, size = index, 0
+        size += length
+    if start < len(lengths):
+        yield start, len(lengths)

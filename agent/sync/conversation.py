@@ -224,12 +224,12 @@ class Conversation:
 
 async def side_by_side(tasks: Iterable[Callable[[], Awaitable[None]]]) -> None:
     """Run the tasks to their end, all of them or none; the first failure ends the others and is what is raised."""
-    failures: list[AgentError | ProtocolError] = []
+    failures: list[Exception] = []
 
     async def guarded(task: Callable[[], Awaitable[None]]) -> None:
         try:
             await task()
-        except (AgentError, ProtocolError) as error:
+        except Exception as error:  # noqa: BLE001 - kept whole and raised below, once every task has ended
             failures.append(error)
             nursery.cancel_scope.cancel()
 
@@ -238,3 +238,14 @@ async def side_by_side(tasks: Iterable[Callable[[], Awaitable[None]]]) -> None:
             nursery.start_soon(guarded, task)
     if failures:
         raise failures[0]
+
+
+async def accompanied(task: Callable[[], Awaitable[None]], companion: Callable[[], Awaitable[None]]) -> None:
+    """Run `task`, and `companion` for as long; a failure of either ends both and is what is raised."""
+
+    async def leading() -> None:
+        await task()
+        scope.cancel()
+
+    with trio.CancelScope() as scope:
+        await side_by_side((leading, companion))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.delta.blocks import Ranges, as_runs, total_bytes
-from agent.delta.compare import Answer, Held, Mask, answer
+from agent.delta.blocks import Ranges, as_runs, split, total_bytes
+from agent.delta.compare import Answer, Held, Mask, answer, groups, joined
 from agent.delta.digests import Digests
 from agent.disk.seam import Disk
 from agent.sync.payloads import Question
@@ -15,11 +15,16 @@ from agent.sync.payloads import Question
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hashed:
-    """A span's data as the source read it."""
+    """A span's data as the source read it.
 
-    held: Held
+    Attributes:
+        superblocks: shape (n, 2); `digests`: theirs.
+        held: the bytes, where they fitted the buffer; None where each part made room for the next.
+    """
+
     superblocks: Ranges
     digests: Digests
+    held: Held | None
 
 
 def read_data(disk: Disk, ranges: Ranges, buffer: memoryview) -> Held:
@@ -35,8 +40,15 @@ def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes:
     Raises:
         DiskError: as the disk says.
     """
-    held = read_data(disk, data, buffer)
-    return Hashed(held, *held.superblocks(superblock_bytes, seed=seed))
+    if total_bytes(data) <= buffer.nbytes:
+        held = read_data(disk, data, buffer)
+        return Hashed(*held.superblocks(superblock_bytes, seed=seed), held)
+    superblocks = split(data, superblock_bytes)
+    digests = [
+        read_data(disk, superblocks[start:end], buffer).superblocks(superblock_bytes, seed=seed)[1]
+        for start, end in groups(superblocks[:, 1], buffer.nbytes)
+    ]
+    return Hashed(superblocks, np.concatenate(digests), None)
 
 
 def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int) -> tuple[Answer, int]:
@@ -46,17 +58,23 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
         DiskError: as the disk says.
     """
     superblocks, message = question.superblocks, question.message
-    read = superblocks[holds_data(disk, superblocks)]
-    held = read_data(disk, read, buffer)
-    told = answer(
-        superblocks,
-        question.digests,
-        held,
-        superblock_bytes=message.superblock_bytes,
-        detail_bytes=message.detail_bytes,
-        seed=seed,
-    )
-    return told, held.buffer.nbytes
+    data = holds_data(disk, superblocks)
+    answers: list[Answer] = []
+    read_bytes = 0
+    for start, end in groups(superblocks[:, 1], buffer.nbytes):
+        some = superblocks[start:end]
+        held = read_data(disk, some[data[start:end]], buffer)
+        read_bytes += held.buffer.nbytes
+        told = answer(
+            some,
+            question.digests[start:end],
+            held,
+            superblock_bytes=message.superblock_bytes,
+            detail_bytes=message.detail_bytes,
+            seed=seed,
+        )
+        answers.append(told)
+    return joined(answers), read_bytes
 
 
 def holds_data(disk: Disk, pieces: Ranges) -> Mask:

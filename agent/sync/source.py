@@ -7,6 +7,7 @@ two round trips of latency, one for the comparison and one for the proof, howeve
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from itertools import islice
 import numpy as np
 import trio
 
-from agent.delta.blocks import Ranges, Span, plan_spans
-from agent.delta.compare import Answer, changed_pieces
+from agent.delta.blocks import Ranges, Span, plan_spans, total_bytes
+from agent.delta.compare import Answer, Held, Portion, portions
 from agent.delta.compression import Choice
 from agent.delta.digests import digests_to_wire
 from agent.delta.granularity import Granularity, Seen
@@ -26,7 +27,7 @@ from agent.disk.seam import Disk
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane
-from agent.sync.hashing import Hashed, hash_span
+from agent.sync.hashing import Hashed, hash_span, read_data
 from agent.sync.meter import Meter
 from agent.sync.payloads import answer_from_wire, ranges_to_wire
 from agent.sync.rate import Limits
@@ -34,8 +35,14 @@ from agent.sync.tuning import Tuning
 from protocol.errors import PeerViolation
 from protocol.messages import BlockData, Codec, CompareSpan, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
 
-PLANNED_AT_ONCE = 8
+PLANNED_AT_ONCE = 4
 """Spans planned in one thread hop: asking for extents is quick, the hop is not."""
+SKIMMED_BYTES = 64 << 20
+"""Data of a span where next to nothing differs: it is read through one buffer, and what differs is read once more."""
+SKIMMED_AT_ONCE = 8
+"""Such spans that are asked about and not settled: what may be read once more when a disk turns out to differ."""
+PORTION_BYTES = 4 << 20
+"""How much of a skimmed span is read once more at a time; a superblock at least."""
 
 
 @dataclass(eq=False)
@@ -44,6 +51,7 @@ class Work:
 
     Attributes:
         before: the span before it on its lane: questions and data of a lane keep the order of the disk.
+        skimmed: it has more data than a buffer holds.
     """
 
     span: Span
@@ -51,6 +59,7 @@ class Work:
     granularity: Granularity
     buffer: memoryview | None
     before: Work | None
+    skimmed: bool
     hashed: Hashed | None = None
     answer: Answer | None = None
     asked: trio.Event = field(default_factory=trio.Event)
@@ -98,6 +107,9 @@ class SourcePass:
 
     def __post_init__(self) -> None:
         self._readers = trio.Semaphore(self.disk.readers)
+        self._skimmed = trio.Semaphore(SKIMMED_AT_ONCE)
+        self._second_look = trio.Lock()
+        self._spare: memoryview | None = None
         self._books = {lane: LaneBooks(ByteBudget(self.ahead_bytes)) for lane in self.talk.lanes}
         self.meter.access = self.disk.access
 
@@ -116,9 +128,7 @@ class SourcePass:
     # --- planning -------------------------------------------------------------------------------------------------
 
     async def _plan(self) -> None:
-        plan = plan_spans(
-            self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self.buffers.buffer_bytes
-        )
+        plan = plan_spans(self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self._batch_bytes)
         while spans := await self.talk.threads.on_disk(lambda: list(islice(plan, PLANNED_AT_ONCE))):
             for span in spans:
                 await self._begin(span)
@@ -133,32 +143,35 @@ class SourcePass:
             )
             await self.talk.send(lane, end)
 
+    def _batch_bytes(self) -> int:
+        return SKIMMED_BYTES if self.tuning.quiet else self.buffers.buffer_bytes
+
     async def _begin(self, span: Span) -> None:
         """Take what the span needs, in the order of the disk, and let it go its way."""
         lane = self.talk.lanes[span.number % len(self.talk.lanes)]
         books = self._books[lane]
-        buffer = None
+        buffer, skimmed = None, False
         if span.data_bytes:
             await books.ahead.take(span.data_bytes)
             await self.limits.read.take(span.data_bytes)
+            skimmed = span.data_bytes > self.buffers.buffer_bytes
+            if skimmed:
+                await self._skimmed.acquire()
             buffer = await self.buffers.take()
-        books.last = Work(span, lane, self.tuning.granularity, buffer, books.last)
+        books.last = Work(span, lane, self.tuning.granularity, buffer, books.last, skimmed)
         self.talk.spawn(partial(self._carry, books.last))
 
     async def _carry(self, work: Work) -> None:
         try:
             await self._read(work)
             await self._ask(work)
-            frames = await self._choose(work)
-            if not frames:
-                self._let_go(work)
-            if work.before is not None:
-                await work.before.settled.wait()
-                work.before = None  # a chain of all spans of a disk would never be freed
-            for packed in frames:
-                await self._send_frame(work, packed)
+            if work.hashed is not None:
+                await work.answered.wait()
+            await self._settle(work)
         finally:
             self._let_go(work)
+            if work.skimmed:
+                self._skimmed.release()
         self.meter.settled_bytes += work.span.length_bytes
         self.meter.wire_bytes = self.talk.wire_bytes
         work.settled.set()
@@ -166,7 +179,7 @@ class SourcePass:
     def _let_go(self, work: Work) -> None:
         if work.buffer is not None:
             self.buffers.give(work.buffer)
-            work.buffer = work.hashed = None
+            work.buffer = None
 
     # --- reading and asking ---------------------------------------------------------------------------------------
 
@@ -183,6 +196,8 @@ class SourcePass:
         )
         async with self._readers:
             work.hashed = await self.talk.threads.on_disk(call)
+        if work.hashed.held is None:
+            self._let_go(work)
         self.meter.compared_bytes += work.span.data_bytes
 
     async def _ask(self, work: Work) -> None:
@@ -239,36 +254,64 @@ class SourcePass:
 
     # --- sending --------------------------------------------------------------------------------------------------
 
-    async def _choose(self, work: Work) -> list[Packed]:
-        """What of the span differs, packed; the tuning learns from it."""
-        if work.hashed is None:
-            return []
-        await work.answered.wait()
-        assert work.answer is not None
-        if not work.answer.differs.any():
-            self.tuning.learn(self._seen(work, work.answer.differs, None, 0))
-            return []
-        pieces, details, frames, packing_s = await self.talk.threads.on_compute(
-            partial(self._pack, work, work.answer, work.hashed, self.tuning.compression)
-        )
-        self.tuning.learn(self._seen(work, work.answer.differs, pieces, details))
-        self.tuning.packed(frames, packing_s)
-        return frames
+    async def _settle(self, work: Work) -> None:
+        """Send what of the span differs, when it is its turn; the tuning learns from it."""
+        frames: list[Packed] = []
+        differs = work.hashed is not None and work.answer is not None and bool(work.answer.differs.any())
+        if differs and not work.skimmed:
+            (portion,) = self._portions(work)
+            frames = await self._pack(work, portion)
+        elif work.hashed is not None:
+            if not differs:
+                self._let_go(work)
+                self._learn(work, 0, 0, 0)
+        if work.before is not None:
+            await work.before.settled.wait()
+            work.before = None  # a chain of all spans of a disk would never be freed
+        for packed in frames:
+            await self._send_frame(work, packed)
+        if differs and work.skimmed:
+            await self._send_skimmed(work)
 
-    def _pack(
-        self, work: Work, answer: Answer, hashed: Hashed, choice: Choice
-    ) -> tuple[Ranges, int, list[Packed], float]:
-        started = time.perf_counter()
-        pieces, details = changed_pieces(
-            hashed.superblocks,
-            answer,
-            hashed.held,
+    async def _send_skimmed(self, work: Work) -> None:
+        """What differs of a span whose bytes are gone is read once more."""
+        async with self._second_look:
+            if self._spare is None:
+                self._spare = memoryview(mmap.mmap(-1, PORTION_BYTES))
+            for portion in self._portions(work):
+                await self.limits.read.take(total_bytes(portion.superblocks))
+                held = await self.talk.threads.on_disk(
+                    partial(read_data, self.disk, portion.superblocks, self._spare)
+                )
+                for packed in await self._pack(work, portion, held):
+                    await self._send_frame(work, packed)
+
+    def _portions(self, work: Work) -> Iterator[Portion]:
+        assert work.hashed is not None
+        assert work.answer is not None
+        return portions(
+            work.hashed.superblocks,
+            work.answer,
             superblock_bytes=work.granularity.superblock_bytes,
             detail_bytes=work.granularity.detail_bytes,
-            seed=self.seed,
+            most_bytes=PORTION_BYTES if work.skimmed else self.buffers.buffer_bytes,
         )
-        frames = self.tuning.packer.pack(hashed.held.buffer, pieces, hashed.held.starts(pieces), choice)
-        return pieces, details, frames, time.perf_counter() - started
+
+    async def _pack(self, work: Work, portion: Portion, held: Held | None = None) -> list[Packed]:
+        if held is None:
+            assert work.hashed is not None
+            held = work.hashed.held
+        assert held is not None
+        choice = self.tuning.compression
+
+        def choose(held: Held = held) -> tuple[Ranges, list[Packed], float]:
+            started = time.perf_counter()
+            changed = portion.changed(held, seed=self.seed)
+            frames = self.tuning.packer.pack(held.buffer, changed, held.starts(changed), choice)
+            return changed, frames, time.perf_counter() - started
+
+        changed, frames, packing_s = await self.talk.threads.on_compute(choose)
+        return frames
 
     async def _send_frame(self, work: Work, packed: Packed) -> None:
         head = ranges_to_wire(packed.ranges)
@@ -281,3 +324,11 @@ class SourcePass:
         await self.talk.send(work.lane, message, head + packed.proofs, *packed.pieces)
         self._books[work.lane].data_bytes += packed.plain_bytes
         self.meter.add_frame(packed, stored_bytes)
+
+    # --- tuning ---------------------------------------------------------------------------------------------------
+
+    def _learn(self, work: Work, *a) -> None:
+        pass
+
+    async def _tune(self) -> None:
+        await trio.sleep_forever()

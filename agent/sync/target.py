@@ -37,6 +37,8 @@ from protocol.messages import BlockData, CompareSpan, Credit, EndOfPass, PassVer
 
 MAX_OPEN_SPANS = 1024
 """Answered spans that changed data may still come for: the books of a pass must not grow with the disk."""
+MAX_SPAN_BYTES = 256 << 20
+"""Data of one span at most: an answer must not take longer than a source is willing to wait for any sign of life."""
 SIGN_OF_LIFE_S = 30.0
 """How often the source hears from a target that is busy; it gives up on one that is silent for minutes."""
 OWING_TIMEOUT_S = 3600.0
@@ -137,10 +139,11 @@ class TargetPass:
 
     async def _take_question(self, lane: Lane, books: LaneBooks, message: CompareSpan, payload: memoryview) -> None:
         question = question_from_wire(message, payload, self.source_size_bytes)
-        if total_bytes(question.data) > self.buffers.buffer_bytes:
+        if total_bytes(question.data) > MAX_SPAN_BYTES or message.superblock_bytes > self.buffers.buffer_bytes:
             raise PeerViolation(
-                f"a span with {total_bytes(question.data)} bytes of data at offset {message.offset_bytes}; this agent "
-                f"compares {self.buffers.buffer_bytes} at once"
+                f"a span with {total_bytes(question.data)} bytes of data in superblocks of {message.superblock_bytes} at "
+                f"offset {message.offset_bytes}; this agent compares {MAX_SPAN_BYTES} at once, in superblocks of "
+                f"{self.buffers.buffer_bytes}"
             )
         self._coverage.claim(message.offset_bytes, message.length_bytes)
         books.spoken_bytes += message.length_bytes

@@ -162,4 +162,5 @@ class Writing:
         self._verified.set()
 
     async def _read_back(self, share: Written) -> None:
-        self._meter.verified_bytes += await self._talk.threads.on_disk(partial(read_back, self._disk, share))
+        proven_bytes = await self._talk.threads.on_disk(partial(read_back, self._disk, share))
+        self._meter.verified_bytes += proven_bytes  # not in one line: others count there while this one waits

@@ -353,6 +353,12 @@ class World:
                 rung="digests",
                 why_not_higher="no bitmap",
                 past_cache=True,
+                frames={"zstd 1": 1} if sends else {},
+                stored_bytes=900 if sends else 0,
+                lanes=1,
+                superblock_bytes=1 << 20 if sends else 0,
+                detail_bytes=4096 if sends else 0,
+                access="raw",
             )
             for disk in grant.disks
         )

@@ -30,6 +30,8 @@ class FakeWire:
         self._window_bytes = window_bytes
         self._peer: FakeWire | None = None
         self._down = False
+        self.bytes_sent = 0
+        self.bytes_received = 0
         self.sent: list[tuple[BulkMessage, bytes]] = []
 
     @classmethod
@@ -54,6 +56,7 @@ class FakeWire:
             else:
                 self._out.messages.append((message, payload))
             self.sent.append((message, payload))
+            self.bytes_sent += len(payload)
             self._shared.notify_all()
 
     def _fits(self, size_bytes: int) -> bool:
@@ -67,6 +70,7 @@ class FakeWire:
             if not self._into.messages:
                 raise ConnectionLost("the connection is down")
             message, payload = self._into.messages.popleft()
+            self.bytes_received += len(payload)
             return message, memoryview(payload)
 
     def shutdown(self) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.delta.blocks import BLOCK_BYTES
+from agent.delta.granularity import Granularity
 from protocol.messages import BlockData
 from tests.fakes.memory_disk import MemoryStorage
 from tests.fakes.pass_bench import PassRun, run_pass
@@ -23,6 +24,11 @@ blocks = st.lists(
     ),
     min_size=1,
     max_size=40,
+)
+granularities = st.builds(
+    Granularity,
+    superblock_bytes=st.sampled_from([BLOCK_BYTES, 4 * BLOCK_BYTES, 8 * BLOCK_BYTES]),
+    detail_bytes=st.sampled_from([4096, BLOCK_BYTES]),
 )
 tails = st.sampled_from([0, 1, 511, 512, 4096, BLOCK_BYTES - 1])
 
@@ -44,16 +50,26 @@ def _equal_blocks(source: MemoryStorage, target: MemoryStorage) -> set[int]:
 
 def _sent_blocks(run: PassRun) -> set[int]:
     sent: set[int] = set()
-    for message, payload in run.wire.sent:
+    for message, payload in (said for wire in run.wires for said in wire.sent):
         if isinstance(message, BlockData):
-            sent |= {int.from_bytes(payload[at : at + 8], "little") for at in range(0, message.count * 16, 16)}
+            for at in range(0, message.count * 16, 16):
+                start = int.from_bytes(payload[at : at + 8], "little")
+                length = int.from_bytes(payload[at + 8 : at + 16], "little")
+                sent |= set(range(start // BLOCK_BYTES * BLOCK_BYTES, start + length, BLOCK_BYTES))
     return sent
 
 
 @settings(max_examples=60, deadline=None)
-@given(kinds=blocks, tail=tails, larger=st.sampled_from([0, 512, BLOCK_BYTES + 7]), seed=st.integers(0, 2**32))
+@given(
+    kinds=blocks,
+    tail=tails,
+    larger=st.sampled_from([0, 512, BLOCK_BYTES + 7]),
+    seed=st.integers(0, 2**32),
+    granularity=granularities,
+    lanes=st.sampled_from([1, 1, 3]),
+)
 def test_the_target_ends_equal_and_no_equal_block_is_sent(
-    kinds: list[tuple[str, str]], tail: int, larger: int, seed: int
+    kinds: list[tuple[str, str]], tail: int, larger: int, seed: int, granularity: Granularity, lanes: int
 ) -> None:
     dice = random.Random(seed)
     size = len(kinds) * BLOCK_BYTES - (BLOCK_BYTES - tail if tail else 0)
@@ -69,7 +85,9 @@ def test_the_target_ends_equal_and_no_equal_block_is_sent(
     equal_before = _equal_blocks(source, target)
 
     run = trio.run(
-        functools.partial(run_pass, source, target, batch_bytes=4 * BLOCK_BYTES, ahead_bytes=8 * BLOCK_BYTES)
+        functools.partial(
+            run_pass, source, target, batch_bytes=8 * BLOCK_BYTES, granularity=granularity, lanes=lanes
+        )
     )
 
     assert run.source_failure is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 import trio
@@ -13,14 +13,12 @@ from agent.delta.blocks import BLOCK_BYTES
 from agent.disk.seam import Disk
 from agent.errors import DiskError
 from agent.sync import target as target_side
-from agent.sync.conversation import Conversation, PeerFailed, Unforeseen
+from agent.sync.conversation import PeerFailed, Unforeseen
 from agent.sync.meter import Meter
-from agent.sync.source import SourcePass
-from agent.sync.target import TargetPass
 from agent.threads import Threads
 from protocol.messages import Credit
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
-from tests.fakes.pass_bench import SEED
+from tests.fakes.pass_bench import source_pass, target_pass
 from tests.fakes.wire import FakeWire
 
 SIZE = 24 * BLOCK_BYTES + 512
@@ -55,17 +53,8 @@ async def _pass(
         finally:
             wire.shutdown()
 
-    sending = SourcePass(source, SIZE, Conversation("vda", near, threads), SEED, 8 << 20, 1 << 20, Meter("vda", SIZE))
-    receiving = TargetPass(
-        target,
-        SIZE,
-        target.size_bytes,
-        Conversation("vda", far, threads),
-        SEED,
-        8 << 20,
-        before_first_write,
-        Meter("vda", SIZE),
-    )
+    sending = source_pass(source, SIZE, [near], threads, Meter("vda", SIZE))
+    receiving = target_pass(target, SIZE, [far], threads, Meter("vda", SIZE), before_first_write)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(guarded, sending.run, near)
         nursery.start_soon(guarded, receiving.run, far)
@@ -105,7 +94,7 @@ class Broken(MemoryDisk):
 
 
 @pytest.mark.parametrize("error", [OSError(5, "odd"), ValueError("odd"), AssertionError("odd"), MemoryError("odd")])
-@pytest.mark.parametrize("method", ["read_into", "write", "flush", "read_back", "extents"])
+@pytest.mark.parametrize("method", ["read_runs", "write_runs", "flush", "read_back", "extents"])
 async def test_a_defect_at_the_target_ends_both_sides_with_a_reason(error: Exception, method: str) -> None:
     with trio.fail_after(20):
         source = MemoryDisk("vda", _storage(1), writable=False)
@@ -117,7 +106,7 @@ async def test_a_defect_at_the_target_ends_both_sides_with_a_reason(error: Excep
     assert theirs.facts["peer_code"] == "internal"
 
 
-@pytest.mark.parametrize("method", ["read_into", "extents"])
+@pytest.mark.parametrize("method", ["read_runs", "extents"])
 async def test_a_defect_at_the_source_ends_both_sides_with_a_reason(method: str) -> None:
     with trio.fail_after(20):
         raised = await _pass(Broken(_storage(1), ValueError("odd"), method), MemoryDisk("vda", _storage(2)), Threads())
@@ -131,16 +120,16 @@ class Watching(MemoryDisk):
         super().__init__("vda", storage)
         self._events = events
 
-    def write(self, offset_bytes: int, data: memoryview) -> None:
-        self._events.append("write")
-        super().write(offset_bytes, data)
+    def write_runs(self, runs: Sequence[tuple[int, int]], data: memoryview) -> None:
+        self._events.append("write_runs")
+        super().write_runs(runs, data)
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         self._events.append("write_zeroes")
         super().write_zeroes(offset_bytes, length_bytes)
 
 
-@pytest.mark.parametrize("first", ["write", "write_zeroes", "tail"])
+@pytest.mark.parametrize("first", ["write_runs", "write_zeroes", "tail"])
 async def test_the_torn_mark_comes_before_anything_is_written(first: str) -> None:
     events: list[str] = []
     source = MemoryStorage(SIZE) if first == "write_zeroes" else _storage(1)
@@ -151,7 +140,7 @@ async def test_the_torn_mark_comes_before_anything_is_written(first: str) -> Non
     assert await _pass(MemoryDisk("vda", source, writable=False), disk, Threads(), lambda: events.append("torn")) == []
     assert events[0] == "torn"
     assert events.count("torn") == 1
-    assert ("write" if first == "write" else "write_zeroes") in events
+    assert ("write_runs" if first == "write_runs" else "write_zeroes") in events
     assert target.content == source.content + bytes(target.size_bytes - SIZE)
 
 
