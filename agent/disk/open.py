@@ -25,7 +25,7 @@ def open_source(name: str, image: Path, image_format: str, socket_dir: Path) -> 
         DiskError: it cannot be opened.
     """
     if image_format == "raw":
-        return RawDisk.open(name, image, writable=False)
+        return RawDisk.open(name, image, writable=False, idle=True)
     return _served(name, QemuNbd.start(name, image, image_format, socket_dir), writable=False)
 
 
