@@ -67,6 +67,7 @@ class NbdDisk:
         *,
         connections: int,
         past_cache: bool,
+        access: str,
         on_close: Callable[[], None] | None,
     ) -> None:
         self._gate = gate
@@ -76,6 +77,7 @@ class NbdDisk:
         self._limit = connections
         self._changed = threading.Condition()
         self._past_cache = past_cache
+        self.access = access
         self._on_close = on_close
         self._can_zero = bool(first.handle.can_zero())
         self._can_map = bool(first.handle.can_meta_context(ALLOCATION))
@@ -91,6 +93,7 @@ class NbdDisk:
         past_cache: bool,
         connections: int = 4,
         timeout_s: float = 60.0,
+        access: str = "NBD",
         on_close: Callable[[], None] | None = None,
     ) -> NbdDisk:
         """Connect to an export.
@@ -103,6 +106,7 @@ class NbdDisk:
             past_cache: what the server reads comes past its host's page cache.
             connections: at most so many, opened as threads ask for them.
             timeout_s: a request unanswered for so long is an error.
+            access: what reports say of how the content is reached.
             on_close: called once, after the last connection is gone.
 
         Raises:
@@ -128,7 +132,15 @@ class NbdDisk:
                 connections = 1
             gate = Gate(name, where, size_bytes, writable=writable)
             gates.append(gate)
-            return cls(gate, connect, first, connections=connections, past_cache=past_cache, on_close=on_close)
+            return cls(
+                gate,
+                connect,
+                first,
+                connections=connections,
+                past_cache=past_cache,
+                access=access,
+                on_close=on_close,
+            )
         except nbd.Error as error:
             first.close()
             raise storage_error(name, where, "connecting", error.errnum, error.string) from error

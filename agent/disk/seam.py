@@ -44,6 +44,10 @@ class Disk(Protocol):
         """Size as the guest sees it, in bytes; need not be a multiple of anything."""
 
     @property
+    def access(self) -> str:
+        """How the content is reached, for reports: ``file``, ``cluster map``, ``NBD (the image is dirty)`` …"""
+
+    @property
     def readers(self) -> int:
         """How many threads should read at once to get this storage's speed; more bring nothing."""
 

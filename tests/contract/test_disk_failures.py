@@ -167,6 +167,7 @@ def test_reading_back_hears_from_the_storage_not_from_the_cache(tmp_path: Path) 
         disk = RawDisk.open("vda", device, writable=True)
         disk.write(0, NOISE[:MIB])
         disk.flush()
+        assert device.read_bytes() == NOISE[:MIB]  # brings it into the cache, from where the disk reads it then
         with image.open("r+b") as storage:
             storage.seek(5000)
             storage.write(b"rotten")

@@ -69,6 +69,8 @@ class MemoryStorage:
 class MemoryDisk:
     """A `Disk` over a `MemoryStorage`."""
 
+    access = "memory"
+
     def __init__(self, name: str, storage: MemoryStorage, *, writable: bool = True) -> None:
         self.storage = storage
         self._gate = Gate(name, "memory", storage.size_bytes, writable=writable)
