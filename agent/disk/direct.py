@@ -1,12 +1,14 @@
-"""Reading past the page cache, so that a verification hears from the storage and not from memory.
+"""Reading past the page cache: to hear from the storage and not from memory, and to leave memory to others.
 
 open(2): O_DIRECT wants offset, length and memory aligned to the logical sector of the storage; 4096 serves every
-file system and device we know of, a larger sector of a block device is respected. The request is widened to that
-alignment and read into page-aligned memory of our own; the wanted bytes are copied out.
+file system and device we know of, a larger sector of a block device is respected. What is aligned is read straight
+into the caller's memory. The rest is widened to that alignment and read into page-aligned memory of our own; the wanted
+bytes are copied out.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import queue
@@ -51,16 +53,31 @@ class DirectReader:
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset_bytes` on; raises `OSError`, also when the storage is shorter than its size."""
+        done = self._read_aligned(offset_bytes, buffer)
+        if done == buffer.nbytes:
+            return
         try:
             memory = self._idle.get_nowait()
         except queue.Empty:
             memory = mmap.mmap(-1, _CHUNK_BYTES)
         try:
-            done = 0
-            while done < len(buffer):
+            while done < buffer.nbytes:
                 done += self._read_chunk(offset_bytes + done, buffer[done:], memory)
         finally:
             self._idle.put(memory)
+
+    def _read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
+        """Read what can go straight into `buffer`, from its beginning on; returns how much that was."""
+        straight = buffer.nbytes - buffer.nbytes % self._align_bytes
+        if straight == 0 or offset_bytes % self._align_bytes or _address(buffer) % self._align_bytes:
+            return 0
+        done = 0
+        while done < straight and done % self._align_bytes == 0:
+            got = os.preadv(self._fd, [buffer[done:straight]], offset_bytes + done)
+            if got == 0:
+                raise _shrunk(offset_bytes + done)
+            done += got
+        return done
 
     def _read_chunk(self, offset_bytes: int, buffer: memoryview, memory: mmap.mmap) -> int:
         """Read as much of `buffer` as one aligned request yields; returns how much."""
@@ -73,7 +90,7 @@ class DirectReader:
             got = os.preadv(self._fd, [part], first)
             useful = min(first + got, end) - offset_bytes
             if useful <= 0:
-                raise OSError(0, f"the storage ends before byte {offset_bytes}")
+                raise _shrunk(offset_bytes)
             buffer[:useful] = part[offset_bytes - first : offset_bytes - first + useful]
         return useful
 
@@ -82,6 +99,14 @@ class DirectReader:
         os.close(self._fd)
         while not self._idle.empty():
             self._idle.get_nowait().close()
+
+
+def _shrunk(offset_bytes: int) -> OSError:
+    return OSError(0, f"the storage ends before byte {offset_bytes}: it was made smaller meanwhile")
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def direct_works(path: Path) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from agent.disk.runs import Run, problem_of
 from agent.errors import DiskError, DiskFull
 
 _CURES = {
@@ -49,6 +50,20 @@ def storage_error(name: str, where: str, doing: str, number: int, detail: str = 
     )
 
 
+class RunFailed(OSError):
+    """One run of a batch failed: the error is about that run alone.
+
+    Args:
+        cause: what happened.
+        offset_bytes, length_bytes: the run.
+    """
+
+    def __init__(self, cause: OSError, offset_bytes: int, length_bytes: int) -> None:
+        super().__init__(cause.errno or 0, cause.strerror or str(cause))
+        self.offset_bytes = offset_bytes
+        self.length_bytes = length_bytes
+
+
 class Gate:
     """Who may touch a disk, and with what.
 
@@ -76,21 +91,32 @@ class Gate:
 
     def check(self, doing: str, offset_bytes: int, length_bytes: int, *, writes: bool = False) -> None:
         """Raise `DiskError` unless the request may be carried out now."""
-        facts = {"offset_bytes": offset_bytes, "length_bytes": length_bytes}
-        problem = None
-        if self._closed:
-            problem = "the disk is closed; open it again"
-        elif offset_bytes < 0 or length_bytes < 0 or offset_bytes + length_bytes > self.size_bytes:
+        problem = self._shut(writes=writes)
+        if problem is None and (offset_bytes < 0 or length_bytes < 0 or offset_bytes + length_bytes > self.size_bytes):
             problem = (
                 f"that is outside the disk's {self.size_bytes} bytes; check that both disks have the size expected"
             )
-        elif writes and not self.writable:
-            problem = "the disk is open for reading only; open it writable"
-        elif writes and self._poison is not None:
-            problem = f"{self._poison}; what was written before may be lost, so open the disk anew and compare it again"
         if problem is not None:
-            what = f"{doing} {length_bytes} bytes at {offset_bytes}"
-            raise DiskError(f"Disk {self.name} ({self.where}): {what} refused: {problem}.", disk=self.name, **facts)
+            raise self._refusal(doing, (offset_bytes, length_bytes), problem)
+
+    def _shut(self, *, writes: bool) -> str | None:
+        """Why nobody is let in now, whatever the place, as a clause; None when the door is open."""
+        if self._closed:
+            return "the disk is closed; open it again"
+        if writes and not self.writable:
+            return "the disk is open for reading only; open it writable"
+        if writes and self._poison is not None:
+            return f"{self._poison}; what was written before may be lost, so open the disk anew and compare it again"
+        return None
+
+    def _refusal(self, doing: str, run: Run, problem: str) -> DiskError:
+        offset_bytes, length_bytes = run
+        return DiskError(
+            f"Disk {self.name} ({self.where}): {doing} {length_bytes} bytes at {offset_bytes} refused: {problem}.",
+            disk=self.name,
+            offset_bytes=offset_bytes,
+            length_bytes=length_bytes,
+        )
 
     @contextmanager
     def request(self, doing: str, offset_bytes: int, length_bytes: int, *, writes: bool = False) -> Iterator[None]:
@@ -98,9 +124,30 @@ class Gate:
         with self._changed:
             self.check(doing, offset_bytes, length_bytes, writes=writes)
             self._inside += 1
+        with self._counted(doing, offset_bytes, length_bytes):
+            yield
+
+    @contextmanager
+    def batch(self, doing: str, runs: Sequence[Run], buffer_bytes: int, *, writes: bool = False) -> Iterator[None]:
+        """`request` for many runs that share a buffer of `buffer_bytes`: all are validated before the first begins."""
+        wrong = problem_of(runs, self.size_bytes, buffer_bytes)
+        with self._changed:
+            shut = self._shut(writes=writes)
+            if shut is not None:
+                raise self._refusal(doing, (runs[0][0] if runs else 0, buffer_bytes), shut)
+            if wrong is not None:
+                raise self._refusal(doing, wrong[1], wrong[0])
+            self._inside += 1
+        with self._counted(doing, runs[0][0] if runs else 0, buffer_bytes):
+            yield
+
+    @contextmanager
+    def _counted(self, doing: str, offset_bytes: int, length_bytes: int) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if isinstance(error, RunFailed):
+                offset_bytes, length_bytes = error.offset_bytes, error.length_bytes
             facts = {"offset_bytes": offset_bytes, "length_bytes": length_bytes}
             what = f"{doing} {length_bytes} bytes at {offset_bytes}"
             raise self.error(what, error.errno or 0, error.strerror or str(error), **facts) from error

@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbd
 
 from agent.disk.connection import ALLOCATION, Connection, ConnectionBroken
-from agent.disk.gate import Gate, storage_error
+from agent.disk.gate import Gate, RunFailed, storage_error
+from agent.disk.runs import Run, joined
 from agent.disk.seam import Extent
 
 REQUEST_BYTES = 1024 * 1024
 """Larger reads and writes travel as several requests that are under way together."""
 
-_UNDER_WAY = 8  # requests per connection; QEMU's server takes 16
+# Under way on one connection at most. QEMU's server works on 16 requests of a client (nbd/server.c,
+# MAX_NBD_REQUESTS); as many again wait in the socket, so that it never runs dry while we fetch answers.
+_REQUESTS_UNDER_WAY = 32
+_BYTES_UNDER_WAY = 8 * 1024 * 1024
 _ZERO_STEP_BYTES = 256 * 1024 * 1024
 _STATUS_STEP_BYTES = 1024 * 1024 * 1024
 _ZEROES = memoryview(bytes(REQUEST_BYTES))
+
+
+_Call = Callable[[nbd.Buffer, int], int]
+
+
+@dataclass(slots=True)
+class _Part:
+    """One request: its place on the disk, in the caller's buffer, and libnbd's name for it once it is sent."""
+
+    offset_bytes: int
+    length_bytes: int
+    at: int
+    cookie: int = 0
+
+
+def _parts(runs: Iterable[Run]) -> Iterator[_Part]:
+    """The runs, whose bytes lie end to end in a buffer, cut into requests."""
+    at = 0
+    for offset_bytes, length_bytes in runs:
+        for start in range(0, length_bytes, REQUEST_BYTES):
+            length = min(REQUEST_BYTES, length_bytes - start)
+            yield _Part(offset_bytes + start, length, at)
+            at += length
 
 
 class NbdDisk:
@@ -38,6 +67,7 @@ class NbdDisk:
         *,
         connections: int,
         past_cache: bool,
+        access: str,
         on_close: Callable[[], None] | None,
     ) -> None:
         self._gate = gate
@@ -47,6 +77,7 @@ class NbdDisk:
         self._limit = connections
         self._changed = threading.Condition()
         self._past_cache = past_cache
+        self.access = access
         self._on_close = on_close
         self._can_zero = bool(first.handle.can_zero())
         self._can_map = bool(first.handle.can_meta_context(ALLOCATION))
@@ -62,6 +93,7 @@ class NbdDisk:
         past_cache: bool,
         connections: int = 4,
         timeout_s: float = 60.0,
+        access: str = "NBD",
         on_close: Callable[[], None] | None = None,
     ) -> NbdDisk:
         """Connect to an export.
@@ -74,6 +106,7 @@ class NbdDisk:
             past_cache: what the server reads comes past its host's page cache.
             connections: at most so many, opened as threads ask for them.
             timeout_s: a request unanswered for so long is an error.
+            access: what reports say of how the content is reached.
             on_close: called once, after the last connection is gone.
 
         Raises:
@@ -99,7 +132,15 @@ class NbdDisk:
                 connections = 1
             gate = Gate(name, where, size_bytes, writable=writable)
             gates.append(gate)
-            return cls(gate, connect, first, connections=connections, past_cache=past_cache, on_close=on_close)
+            return cls(
+                gate,
+                connect,
+                first,
+                connections=connections,
+                past_cache=past_cache,
+                access=access,
+                on_close=on_close,
+            )
         except nbd.Error as error:
             first.close()
             raise storage_error(name, where, "connecting", error.errnum, error.string) from error
@@ -153,35 +194,63 @@ class NbdDisk:
                     self._count -= 1
                 self._changed.notify()
 
+    @property
+    def readers(self) -> int:
+        return self._limit
+
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading", offset_bytes, buffer.nbytes), self._connection() as connection:
-            self._move(connection, connection.handle.aio_pread, offset_bytes, buffer)
+            self._move(connection, connection.handle.aio_pread, [(offset_bytes, buffer.nbytes)], buffer)
+
+    def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading", runs, buffer.nbytes), self._connection() as connection:
+            self._move(connection, connection.handle.aio_pread, joined(runs), buffer)
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         with self._gate.request("writing", offset_bytes, data.nbytes, writes=True), self._connection() as connection:
-            self._move(connection, connection.handle.aio_pwrite, offset_bytes, data)
+            self._move(connection, connection.handle.aio_pwrite, [(offset_bytes, data.nbytes)], data)
 
-    def _move(
-        self, connection: Connection, call: Callable[[nbd.Buffer, int], int], offset_bytes: int, data: memoryview
-    ) -> None:
-        """Carry out one read or write, in requests of which a bounded number is under way."""
-        cookies: list[int] = []
-        for start in range(0, data.nbytes, REQUEST_BYTES):
-            if len(cookies) == _UNDER_WAY:
-                # The oldest is waited for alone; an error is raised only when nothing is under way any more.
-                self._finish_first(connection, cookies)
-            part = data[start : start + REQUEST_BYTES]
-            cookies.append(call(nbd.Buffer.from_buffer(part), offset_bytes + start))
-        connection.finish(cookies)
+    def write_runs(self, runs: Sequence[Run], data: memoryview) -> None:
+        with self._gate.batch("writing", runs, data.nbytes, writes=True), self._connection() as connection:
+            self._move(connection, connection.handle.aio_pwrite, joined(runs), data)
 
     @staticmethod
-    def _finish_first(connection: Connection, cookies: list[int]) -> None:
-        try:
-            connection.finish([cookies.pop(0)])
-        except ConnectionBroken:
-            raise
-        except OSError as failed:
-            connection.finish(cookies)
+    def _move(connection: Connection, call: _Call, runs: Iterable[Run], data: memoryview) -> None:
+        """Read or write runs, cut into requests, of which a bounded number and amount is under way.
+
+        The oldest is waited for alone, and an error is raised only when nothing is under way any more: the request
+        that failed first.
+        """
+        under_way: deque[_Part] = deque()
+        bytes_under_way = 0
+        failed: RunFailed | None = None
+        parts = _parts(runs)
+        part = next(parts, None)
+        while under_way or (part is not None and failed is None):
+            if (
+                part is not None
+                and failed is None
+                and len(under_way) < _REQUESTS_UNDER_WAY
+                and bytes_under_way + part.length_bytes <= _BYTES_UNDER_WAY
+            ):
+                memory = data[part.at : part.at + part.length_bytes]
+                try:
+                    part.cookie = call(nbd.Buffer.from_buffer(memory), part.offset_bytes)
+                except nbd.Error as error:  # others are under way in the caller's memory: it must be dropped
+                    raise ConnectionBroken(error.errnum, error.string) from error
+                under_way.append(part)
+                bytes_under_way += part.length_bytes
+                part = next(parts, None)
+                continue
+            oldest = under_way.popleft()
+            bytes_under_way -= oldest.length_bytes
+            try:
+                connection.finish([oldest.cookie])
+            except ConnectionBroken:
+                raise
+            except OSError as error:
+                failed = failed or RunFailed(error, oldest.offset_bytes, oldest.length_bytes)
+        if failed is not None:
             raise failed
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
@@ -194,7 +263,7 @@ class NbdDisk:
                     # Without NBD_CMD_FLAG_NO_HOLE: the server may release the storage.
                     connection.finish([connection.handle.aio_zero(length, start)])
                 else:
-                    self._move(connection, connection.handle.aio_pwrite, start, _ZEROES[:length])
+                    self._move(connection, connection.handle.aio_pwrite, [(start, length)], _ZEROES[:length])
 
     def flush(self) -> None:
         with self._gate.request("flushing", 0, 0, writes=self._gate.writable):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.disk.lock import HeldImage
+from agent.disk.mapped import MappedDisk
 from agent.disk.nbd import NbdDisk
+from agent.disk.qemu_img import NotMapped
 from agent.disk.qemu_nbd import CONNECTIONS, EXPORT, QemuNbd
 from agent.disk.raw import RawDisk
 from agent.disk.seam import Disk
@@ -25,8 +27,15 @@ def open_source(name: str, image: Path, image_format: str, socket_dir: Path) -> 
         DiskError: it cannot be opened.
     """
     if image_format == "raw":
-        return RawDisk.open(name, image, writable=False)
-    return _served(name, QemuNbd.start(name, image, image_format, socket_dir), writable=False)
+        return RawDisk.open(name, image, writable=False, idle=True)
+
+    def serve(why: str = "") -> Disk:
+        return _served(name, QemuNbd.start(name, image, image_format, socket_dir, idle=True), writable=False, why=why)
+
+    try:
+        return MappedDisk.open(name, image, image_format, serve, idle=True)
+    except NotMapped as why:
+        return serve(str(why))
 
 
 def open_view(name: str, socket: Path, export: str) -> Disk:
@@ -71,7 +80,7 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path)
     return _served(name, QemuNbd.start(name, held.path, image_format, socket_dir, held=held), writable=True)
 
 
-def _served(name: str, server: QemuNbd, *, writable: bool) -> Disk:
+def _served(name: str, server: QemuNbd, *, writable: bool, why: str = "") -> Disk:
     try:
         return NbdDisk.open(
             name,
@@ -80,6 +89,7 @@ def _served(name: str, server: QemuNbd, *, writable: bool) -> Disk:
             writable=writable,
             past_cache=server.past_cache,
             connections=CONNECTIONS,
+            access=f"NBD ({why})" if why else "NBD",
             on_close=server.stop,
         )
     except BaseException:

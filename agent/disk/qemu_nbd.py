@@ -14,6 +14,7 @@ from pathlib import Path
 
 from agent.disk.direct import direct_works
 from agent.disk.gate import storage_error
+from agent.disk.image_options import image_options
 from agent.disk.lock import HeldImage
 from agent.disk.processes import start_bound
 from agent.errors import DiskError
@@ -56,7 +57,14 @@ class QemuNbd:
 
     @classmethod
     def start(
-        cls, name: str, image: Path, image_format: str, socket_dir: Path, *, held: HeldImage | None = None
+        cls,
+        name: str,
+        image: Path,
+        image_format: str,
+        socket_dir: Path,
+        *,
+        held: HeldImage | None = None,
+        idle: bool = False,
     ) -> QemuNbd:
         """Serve an image that no VM is using.
 
@@ -67,6 +75,7 @@ class QemuNbd:
             socket_dir: where the socket is made.
             held: the exclusive lock under which the image is served for writing; the process inherits it, so it lives
                 until the last writer is gone. None serves for reading only, under QEMU's own locks.
+            idle: it works under idle I/O priority (see `agent.disk.priority`).
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
@@ -91,17 +100,18 @@ class QemuNbd:
             raise storage_error(name, str(image), "opening", error.errno or 0) from error
         server = cls(name, image, path, past_cache=past_cache, writable=held is not None)
         try:
-            server._launch(_command(server, _options(image, image_format, is_device=is_device, held=held)), held)
+            options = image_options(image, image_format, is_device=is_device, locked_by_us=held is not None)
+            server._launch(_command(server, options), held, idle=idle)
             server._await_ready()
         except BaseException:
             server._end()
             raise
         return server
 
-    def _launch(self, command: list[str], held: HeldImage | None) -> None:
+    def _launch(self, command: list[str], held: HeldImage | None, *, idle: bool) -> None:
         inherited = [] if held is None else [held.fd]
         try:
-            self._process = start_bound(command, pass_fds=inherited, stderr=self._messages)
+            self._process = start_bound(command, pass_fds=inherited, stderr=self._messages, idle=idle)
         except OSError as error:
             raise storage_error(self._name, str(self._image), "starting qemu-nbd", error.errno or 0) from error
 
@@ -190,18 +200,6 @@ class QemuNbd:
         if self._messages >= 0:
             os.close(self._messages)
             self._messages = -1
-
-
-def _options(image: Path, image_format: str, *, is_device: bool, held: HeldImage | None) -> str:
-    """The image as QEMU options: every part named, so nothing in a file name is ever taken for a protocol or option."""
-    options = {
-        "driver": image_format,
-        "file.driver": "host_device" if is_device else "file",
-        "file.filename": str(image.absolute()),
-    }
-    if held is not None:
-        options["file.locking"] = "off"  # the lock is ours, and stronger
-    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
 
 
 def _command(server: QemuNbd, options: str) -> list[str]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from agent.disk.direct import DirectReader
 from agent.disk.fallocate import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -19,9 +17,14 @@ from agent.disk.fallocate import (
     fallocate,
     logical_sector_bytes,
 )
-from agent.disk.gate import Gate, storage_error
+from agent.disk.gate import Gate, RunFailed, storage_error
+from agent.disk.runs import Run, joined
 from agent.disk.seam import Extent
+from agent.disk.storage import StorageFile
 from agent.errors import DiskError
+
+READERS = 2
+"""Threads that read a file or device at once: the second asks while the first one's answer is on its way."""
 
 _ZEROES = memoryview(bytes(1024 * 1024))
 _ZERO_STEP_BYTES = 1024 * 1024 * 1024  # one fallocate call on a block device may take its time; not for terabytes
@@ -37,16 +40,19 @@ _ZERO_MODES = (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, FALLOC_FL_ZERO_RANGE 
 class RawDisk:
     """A `Disk` over a file or block device; open it with `RawDisk.open`."""
 
-    def __init__(self, gate: Gate, fd: int, *, sector_bytes: int | None) -> None:
+    access = "file"
+    """How the content is reached, for reports."""
+
+    def __init__(self, gate: Gate, fd: int, *, sector_bytes: int | None, idle: bool) -> None:
         self._gate = gate
         self._fd = fd
         self._is_device = sector_bytes is not None
         self._sector_bytes = sector_bytes or 1
         self._zero_modes: tuple[int, ...] = _ZERO_MODES
-        self._direct = DirectReader.of(fd, gate.size_bytes, self._sector_bytes)
+        self._storage = StorageFile(fd, gate.size_bytes, self._sector_bytes, idle=idle)
 
     @classmethod
-    def open(cls, name: str, path: Path, *, writable: bool, fd: int | None = None) -> RawDisk:
+    def open(cls, name: str, path: Path, *, writable: bool, fd: int | None = None, idle: bool = False) -> RawDisk:
         """Open the file or block device at `path`.
 
         Args:
@@ -55,6 +61,7 @@ class RawDisk:
             writable: whether it will be written.
             fd: a descriptor that holds the image lock. The disk works through a duplicate of it, so the lock, which
                 belongs to the open file description (fcntl_locking(2)), lives at least as long as we can write.
+            idle: read under idle I/O priority (see `agent.disk.priority`).
 
         Raises:
             DiskError: it cannot be opened, or is neither a file nor a block device.
@@ -69,8 +76,9 @@ class RawDisk:
         try:
             if writable and fcntl.fcntl(own_fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
                 raise storage_error(name, str(path), "opening for writing", errno.EBADF)
-            size_bytes, sector_bytes = _measure(name, path, own_fd)
-            return cls(Gate(name, str(path), size_bytes, writable=writable), own_fd, sector_bytes=sector_bytes)
+            size_bytes, sector_bytes = measure(name, path, own_fd)
+            gate = Gate(name, str(path), size_bytes, writable=writable)
+            return cls(gate, own_fd, sector_bytes=sector_bytes, idle=idle)
         except OSError as error:
             os.close(own_fd)
             raise storage_error(name, str(path), "opening", error.errno or 0) from error
@@ -88,28 +96,44 @@ class RawDisk:
 
     @property
     def reads_back_past_cache(self) -> bool:
-        return self._direct is not None
+        return self._storage.reads_past_cache
+
+    @property
+    def readers(self) -> int:
+        return READERS
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading", offset_bytes, buffer.nbytes):
-            self._read(offset_bytes, buffer)
+            self._storage.read(offset_bytes, buffer)
 
-    def _read(self, offset_bytes: int, buffer: memoryview) -> None:
-        done = 0
-        while done < buffer.nbytes:
-            got = os.preadv(self._fd, [buffer[done:]], offset_bytes + done)
-            if got == 0:
-                raise OSError(0, f"the storage ends before byte {offset_bytes + done}: it was made smaller meanwhile")
-            done += got
+    def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading", runs, buffer.nbytes):
+            done = 0
+            for offset_bytes, length_bytes in joined(runs):
+                try:
+                    self._storage.read(offset_bytes, buffer[done : done + length_bytes])
+                except OSError as error:
+                    raise RunFailed(error, offset_bytes, length_bytes) from error
+                done += length_bytes
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         with self._gate.request("writing", offset_bytes, data.nbytes, writes=True):
             self._write(offset_bytes, data)
 
+    def write_runs(self, runs: Sequence[Run], data: memoryview) -> None:
+        with self._gate.batch("writing", runs, data.nbytes, writes=True):
+            done = 0
+            for offset_bytes, length_bytes in joined(runs):
+                try:
+                    self._write(offset_bytes, data[done : done + length_bytes])
+                except OSError as error:
+                    raise RunFailed(error, offset_bytes, length_bytes) from error
+                done += length_bytes
+
     def _write(self, offset_bytes: int, data: memoryview) -> None:
-        done = 0
-        while done < data.nbytes:
-            done += os.pwritev(self._fd, [data[done:]], offset_bytes + done)
+        self._storage.write(offset_bytes, data)
+        if self._storage.books_full:
+            self._flush()
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         with self._gate.request("zeroing", offset_bytes, length_bytes, writes=True):
@@ -147,7 +171,7 @@ class RawDisk:
 
     def _flush(self) -> None:
         try:
-            os.fdatasync(self._fd)
+            self._storage.sync()
         except OSError as error:
             self._gate.poison(f"an earlier flush failed ({os.strerror(error.errno or 0)})")
             raise
@@ -184,24 +208,16 @@ class RawDisk:
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes):
-            if self._direct is not None:
-                self._direct.read_into(offset_bytes, buffer)
-                return
-            if self._gate.writable:
+            if self._gate.writable and not self._storage.reads_past_cache:
                 self._flush()  # pages that are still dirty cannot be dropped
-            first = offset_bytes - offset_bytes % mmap.PAGESIZE  # pages that are covered in part only would stay
-            length_bytes = offset_bytes + buffer.nbytes - first + mmap.PAGESIZE
-            os.posix_fadvise(self._fd, first, length_bytes, os.POSIX_FADV_DONTNEED)
-            self._read(offset_bytes, buffer)
+            self._storage.read_past_cache(offset_bytes, buffer)
 
     def close(self) -> None:
         if self._gate.close():
-            if self._direct is not None:
-                self._direct.close()
-            os.close(self._fd)
+            self._storage.close()
 
 
-def _measure(name: str, path: Path, fd: int) -> tuple[int, int | None]:
+def measure(name: str, path: Path, fd: int) -> tuple[int, int | None]:
     """Size in bytes, and the logical sector in bytes of a block device or None for a file."""
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode):

@@ -7,7 +7,7 @@ called from worker threads; a `Disk` may be used from several threads at once. T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,11 +43,36 @@ class Disk(Protocol):
     def size_bytes(self) -> int:
         """Size as the guest sees it, in bytes; need not be a multiple of anything."""
 
+    @property
+    def access(self) -> str:
+        """How the content is reached, for reports: ``file``, ``cluster map``, ``NBD (the image is dirty)`` …"""
+
+    @property
+    def readers(self) -> int:
+        """How many threads should read at once to get this storage's speed; more bring nothing."""
+
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         """Fill the whole of `buffer` (contiguous, writable bytes) from `offset_bytes` on."""
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         """Write all of `data`; not durable before `flush`."""
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of many runs, end to end; they are under way together where that is faster.
+
+        Args:
+            runs: offset and length of each, in bytes; rising, not overlapping. The batch is validated whole before
+                the first byte moves. After an error that came later `buffer` holds anything.
+            buffer: contiguous, writable, exactly as long as the runs together.
+
+        A failed run is named by the facts of the error.
+        """
+
+    def write_runs(self, runs: Sequence[tuple[int, int]], data: memoryview) -> None:
+        """Write `data`, the bytes of many runs end to end: like `read_runs`, and not durable before `flush`.
+
+        After an error any of the runs may have been written.
+        """
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         """Make the run read as zero, releasing its storage where the storage can; not durable before `flush`."""

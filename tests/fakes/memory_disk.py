@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from agent.disk.gate import Gate
+from agent.disk.gate import Gate, RunFailed
 from agent.disk.seam import Extent
 
 CLUSTER_BYTES = 4096
@@ -69,6 +69,8 @@ class MemoryStorage:
 class MemoryDisk:
     """A `Disk` over a `MemoryStorage`."""
 
+    access = "memory"
+
     def __init__(self, name: str, storage: MemoryStorage, *, writable: bool = True) -> None:
         self.storage = storage
         self._gate = Gate(name, "memory", storage.size_bytes, writable=writable)
@@ -85,17 +87,45 @@ class MemoryDisk:
     def reads_back_past_cache(self) -> bool:
         return True
 
+    @property
+    def readers(self) -> int:
+        return 2
+
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading", offset_bytes, buffer.nbytes), self.storage.lock:
-            self.storage.trip("reading")
-            buffer[:] = self.storage.content[offset_bytes : offset_bytes + buffer.nbytes]
+            self._read(offset_bytes, buffer)
+
+    def _read(self, offset_bytes: int, buffer: memoryview) -> None:
+        self.storage.trip("reading")
+        buffer[:] = self.storage.content[offset_bytes : offset_bytes + buffer.nbytes]
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         with self._gate.request("writing", offset_bytes, data.nbytes, writes=True), self.storage.lock:
-            self.storage.trip("writing")
-            self.storage.allocate(offset_bytes, data.nbytes)
-            self.storage.content[offset_bytes : offset_bytes + data.nbytes] = data
-            self.storage.forget_rot(offset_bytes, data.nbytes)
+            self._write(offset_bytes, data)
+
+    def _write(self, offset_bytes: int, data: memoryview) -> None:
+        self.storage.trip("writing")
+        self.storage.allocate(offset_bytes, data.nbytes)
+        self.storage.content[offset_bytes : offset_bytes + data.nbytes] = data
+        self.storage.forget_rot(offset_bytes, data.nbytes)
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        with self._gate.batch("reading", runs, buffer.nbytes), self.storage.lock:
+            self._each(runs, buffer, self._read)
+
+    def write_runs(self, runs: Sequence[tuple[int, int]], data: memoryview) -> None:
+        with self._gate.batch("writing", runs, data.nbytes, writes=True), self.storage.lock:
+            self._each(runs, data, self._write)
+
+    @staticmethod
+    def _each(runs: Sequence[tuple[int, int]], data: memoryview, move: Callable[[int, memoryview], None]) -> None:
+        done = 0
+        for offset_bytes, length_bytes in runs:
+            try:
+                move(offset_bytes, data[done : done + length_bytes])
+            except OSError as error:
+                raise RunFailed(error, offset_bytes, length_bytes) from error
+            done += length_bytes
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         with self._gate.request("zeroing", offset_bytes, length_bytes, writes=True), self.storage.lock:

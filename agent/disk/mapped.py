@@ -1,0 +1,229 @@
+"""`MappedDisk`: a closed qcow2 image read straight from its files, by its cluster map, at the speed of files.
+
+Only for images that nobody has open for writing, as the locks held by the disk make sure, and that are neither dirty,
+corrupt, encrypted nor kept in an external data file. What does not lie in a file as it is (compressed clusters) comes
+from a qemu-nbd that is started when the first such run is met.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from agent.disk.cluster_map import ClusterMap
+from agent.disk.gate import Gate, RunFailed
+from agent.disk.lock import HeldImage, hold_frozen
+from agent.disk.qemu_img import ChainImage, NotMapped, chain_of
+from agent.disk.raw import READERS, measure
+from agent.disk.runs import Run, joined
+from agent.disk.seam import Disk, Extent
+from agent.disk.storage import StorageFile
+from agent.disk.windows import SERVED, ZERO, Piece
+from agent.errors import DiskError
+
+
+class MappedDisk:
+    """A `Disk` for reading; open it with `MappedDisk.open`."""
+
+    def __init__(
+        self, gate: Gate, cluster_map: ClusterMap, files: list[StorageFile], serve: Callable[[], Disk], owned: ExitStack
+    ) -> None:
+        self._gate = gate
+        self._map = cluster_map
+        self._files = files
+        self._serve = serve
+        self._owned = owned
+        self._starting = threading.Lock()
+        self._served: Disk | None = None
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        image: Path,
+        image_format: str,
+        serve: Callable[[], Disk],
+        *,
+        held: HeldImage | None = None,
+        idle: bool,
+    ) -> MappedDisk:
+        """Open a closed image.
+
+        Args:
+            name: what messages call the disk.
+            image: file or block device.
+            image_format: QEMU's name of the format.
+            serve: opens the same image for reading through qemu-nbd.
+            held: its exclusive lock; the caller goes on owning it and holds it longer than the disk is open. None: the
+                image and its backing files are locked here so that nobody can write.
+            idle: read under idle I/O priority (see `agent.disk.priority`).
+
+        Raises:
+            NotMapped: it may not be read this way, or not by us; qemu-nbd may do, or say better what is wrong.
+        """
+        with ExitStack() as owned:
+            try:
+                chain, files = _open_chain(name, image, image_format, held, owned, idle=idle)
+                gate = Gate(name, str(image), chain[0].size_bytes, writable=False)
+                cluster_map = ClusterMap(
+                    image,
+                    image_format,
+                    gate.size_bytes,
+                    files=len(files),
+                    locked_by_us=held is not None,
+                    past_cache=all(file.reads_past_cache for file in files),
+                    given_up=lambda: gate.closed,
+                )
+            except (DiskError, OSError) as error:
+                raise NotMapped(str(error)) from error
+            return cls(gate, cluster_map, files, serve, owned.pop_all())
+
+    @property
+    def name(self) -> str:
+        return self._gate.name
+
+    @property
+    def size_bytes(self) -> int:
+        return self._gate.size_bytes
+
+    @property
+    def readers(self) -> int:
+        return READERS
+
+    @property
+    def access(self) -> str:
+        return "cluster map" if self._served is None else "cluster map, and NBD for compressed clusters"
+
+    @property
+    def reads_back_past_cache(self) -> bool:
+        return all(file.reads_past_cache for file in self._files)
+
+    def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
+        with self._gate.request("reading", offset_bytes, buffer.nbytes):
+            self._read(offset_bytes, buffer, StorageFile.read)
+
+    def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading", runs, buffer.nbytes):
+            done = 0
+            for offset_bytes, length_bytes in joined(runs):
+                self._read(offset_bytes, buffer[done : done + length_bytes], StorageFile.read)
+                done += length_bytes
+
+    def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
+        with self._gate.request("reading back", offset_bytes, buffer.nbytes):
+            self._read(offset_bytes, buffer, StorageFile.read_past_cache)
+
+    def _read(
+        self, offset_bytes: int, buffer: memoryview, read: Callable[[StorageFile, int, memoryview], None]
+    ) -> None:
+        try:
+            for piece in self._map.pieces(offset_bytes, buffer.nbytes):
+                at = piece.offset_bytes - offset_bytes
+                self._read_piece(piece, buffer[at : at + piece.length_bytes], read)
+        except RunFailed:
+            raise
+        except OSError as error:
+            raise RunFailed(error, offset_bytes, buffer.nbytes) from error
+
+    def _read_piece(
+        self, piece: Piece, buffer: memoryview, read: Callable[[StorageFile, int, memoryview], None]
+    ) -> None:
+        if piece.place == ZERO:
+            buffer[:] = bytes(buffer.nbytes)
+        elif piece.place == SERVED:
+            self._server().read_into(piece.offset_bytes, buffer)
+        else:
+            try:
+                read(self._files[piece.depth], piece.place, buffer)
+            except OSError as error:
+                raise RunFailed(error, piece.offset_bytes, piece.length_bytes) from error
+
+    def _server(self) -> Disk:
+        with self._starting:
+            if self._served is None:
+                self._served = self._serve()
+            return self._served
+
+    def extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
+        self._gate.check("mapping", offset_bytes, length_bytes)
+        return self._extents(offset_bytes, offset_bytes + length_bytes)
+
+    def _extents(self, offset_bytes: int, end: int) -> Iterator[Extent]:
+        """Neighbours of one kind are joined."""
+        start = at = offset_bytes
+        kind: bool | None = None
+        pieces = self._map.pieces(offset_bytes, end - offset_bytes)
+        while at < end:
+            with self._gate.request("mapping", at, end - at):
+                piece = next(pieces)
+            zero = piece.place == ZERO
+            if kind is not None and zero != kind:
+                yield Extent(start, at - start, kind)
+                start = at
+            kind, at = zero, at + piece.length_bytes
+        if kind is not None:
+            yield Extent(start, end - start, kind)
+
+    def write(self, offset_bytes: int, data: memoryview) -> None:
+        self._gate.check("writing", offset_bytes, data.nbytes, writes=True)
+
+    def write_runs(self, runs: Sequence[Run], data: memoryview) -> None:
+        with self._gate.batch("writing", runs, data.nbytes, writes=True):
+            pass
+
+    def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
+        self._gate.check("zeroing", offset_bytes, length_bytes, writes=True)
+
+    def flush(self) -> None:
+        self._gate.check("flushing", 0, 0)
+
+    def close(self) -> None:
+        if self._gate.close():
+            with self._owned:
+                if self._served is not None:
+                    self._served.close()
+
+
+def _open_chain(
+    name: str, image: Path, image_format: str, held: HeldImage | None, owned: ExitStack, *, idle: bool
+) -> tuple[list[ChainImage], list[StorageFile]]:
+    """Lock what we do not hold, and open it; `owned` lets go of both.
+
+    Raises:
+        NotMapped: the chain may not be read by its map.
+        OSError, DiskError: it cannot be locked or opened.
+    """
+    if held is None:
+        held = hold_frozen(image)
+        owned.callback(held.close)
+        files = [_storage(name, held, owned, idle=idle)]
+        chain = chain_of(image, image_format, locked_by_us=False, past_cache=files[0].reads_past_cache)
+        for link in chain[1:]:
+            backing = hold_frozen(link.path)
+            owned.callback(backing.close)
+            files.append(_storage(name, backing, owned, idle=idle))
+        # Only now nobody can change the chain any more.
+        if len(chain) > 1 and chain != chain_of(image, image_format, locked_by_us=False, past_cache=False):
+            raise NotMapped("its backing chain changed while it was opened")
+        return chain, files
+    files = [_storage(name, held, owned, idle=idle)]
+    chain = chain_of(image, image_format, locked_by_us=True, past_cache=files[0].reads_past_cache)
+    if len(chain) > 1:
+        raise NotMapped("a target with a backing file")
+    return chain, files
+
+
+def _storage(name: str, held: HeldImage, owned: ExitStack, *, idle: bool) -> StorageFile:
+    # An open file description of its own: reading must not change how the lock's descriptor reads ahead.
+    fd = os.open(f"/proc/self/fd/{held.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size_bytes, sector_bytes = measure(name, held.path, fd)
+        file = StorageFile(fd, size_bytes, sector_bytes or 1, idle=idle)
+    except BaseException:
+        os.close(fd)
+        raise
+    owned.callback(file.close)
+    return file

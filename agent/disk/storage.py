@@ -1,0 +1,163 @@
+"""`StorageFile`: a file or block device read and written so that the host's page cache is left as it was found.
+
+What the cache holds is read from it, at memory speed. What it does not hold is read past it (O_DIRECT); where that does
+not exist, through it, and then dropped again. What a write brought in is dropped once it is durable. The kernel takes
+this as advice: pages that somebody else dirtied, locked or mapped meanwhile stay; a file system may read O_DIRECT
+through its cache (ext4 with data=journal, encryption or verity; btrfs with compression); tmpfs *is* the page cache; and
+zeroing a range by fallocate always drops its pages.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+from agent.disk.direct import DirectReader
+from agent.disk.fallocate import block_device_size_bytes
+from agent.disk.priority import idle_priority
+from agent.disk.residency import Residency, Run
+
+_SCATTERED_RUNS = 16
+"""More gaps than this in one read are not worth a request each: the whole is read through the cache."""
+
+BOOKED_RUNS = 65536
+"""At most so many runs are remembered for dropping (some 8 MiB); then the file is flushed before its time."""
+
+
+class StorageFile:
+    """An open file or block device of a known size. Thread-safe; raises `OSError`.
+
+    Args:
+        fd: open for reading, or reading and writing; owned from now on.
+        size_bytes: its size when it was opened; it must keep it.
+        sector_bytes: the logical sector of a block device, 1 for a file.
+        idle: storage is read under idle I/O priority (see `agent.disk.priority`).
+    """
+
+    def __init__(self, fd: int, size_bytes: int, sector_bytes: int, *, idle: bool) -> None:
+        self.fd = fd
+        self._size_bytes = size_bytes
+        self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self._idle = idle
+        self._residency = Residency(fd)
+        self._direct = DirectReader.of(fd, size_bytes, sector_bytes)
+        self._books = threading.Lock()
+        self._booked: list[Run] = []
+        # No reading ahead: it would bring in what nobody asked for.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    @property
+    def reads_past_cache(self) -> bool:
+        """Whether O_DIRECT works here."""
+        return self._direct is not None
+
+    def read(self, offset_bytes: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset_bytes` on."""
+        end = offset_bytes + buffer.nbytes
+        missing = self._residency.missing(offset_bytes, end)
+        if missing:
+            with self._priority():
+                self._read_missing(offset_bytes, buffer, missing)
+        else:
+            self._read_through_cache(offset_bytes, buffer)
+        if end == self._size_bytes:
+            self._check_size()
+
+    def _priority(self) -> AbstractContextManager[None]:
+        return idle_priority() if self._idle else nullcontext()
+
+    def _read_missing(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
+        if self._direct is None or len(missing) > _SCATTERED_RUNS:
+            self._read_through_cache(offset_bytes, buffer)
+            self._drop(missing)
+            return
+        at, end = offset_bytes, offset_bytes + buffer.nbytes
+        for first, behind in missing:
+            first, behind = max(first, offset_bytes), min(behind, end)
+            self._read_through_cache(at, buffer[at - offset_bytes : first - offset_bytes])
+            self._direct.read_into(first, buffer[first - offset_bytes : behind - offset_bytes])
+            at = behind
+        self._read_through_cache(at, buffer[at - offset_bytes :])
+
+    def _read_through_cache(self, offset_bytes: int, buffer: memoryview) -> None:
+        done = 0
+        while done < buffer.nbytes:
+            got = os.preadv(self.fd, [buffer[done:]], offset_bytes + done)
+            if got == 0:
+                raise OSError(0, f"the storage ends before byte {offset_bytes + done}: it was made smaller meanwhile")
+            done += got
+
+    def read_past_cache(self, offset_bytes: int, buffer: memoryview) -> None:
+        """Fill `buffer` with what the storage holds. Where there is no O_DIRECT, what is dirty must have been flushed:
+        the pages are dropped, as far as the kernel follows, and read anew."""
+        with self._priority():
+            if self._direct is not None:
+                self._direct.read_into(offset_bytes, buffer)
+                return
+            end = offset_bytes + buffer.nbytes
+            missing = self._residency.missing(offset_bytes, end)
+            first = offset_bytes - offset_bytes % mmap.PAGESIZE  # pages that are covered in part only would stay
+            self._drop([(first, end + mmap.PAGESIZE)])
+            self._read_through_cache(offset_bytes, buffer)
+            self._drop(missing)
+
+    def write(self, offset_bytes: int, data: memoryview) -> None:
+        """Write `data`; what that brings into the cache is dropped by the next `sync`."""
+        missing = self._residency.missing(offset_bytes, offset_bytes + data.nbytes)
+        try:
+            done = 0
+            while done < data.nbytes:
+                done += os.pwritev(self.fd, [data[done:]], offset_bytes + done)
+        finally:
+            if missing:
+                self._book(missing)
+
+    def _book(self, missing: list[Run]) -> None:
+        with self._books:
+            for first, behind in missing:
+                if self._booked and self._booked[-1][1] == first:
+                    self._booked[-1] = (self._booked[-1][0], behind)
+                else:
+                    self._booked.append((first, behind))
+
+    @property
+    def books_full(self) -> bool:
+        """Whether so much waits to be dropped that `sync` is due."""
+        return len(self._booked) >= BOOKED_RUNS
+
+    def sync(self) -> None:
+        """Make durable what was written (fdatasync), then drop from the cache what the writes brought into it."""
+        with self._books:
+            booked, self._booked = self._booked, []
+        os.fdatasync(self.fd)
+        self._drop(_joined(booked))
+
+    def _drop(self, runs: list[Run]) -> None:
+        for first, behind in runs:
+            os.posix_fadvise(self.fd, first, behind - first, os.POSIX_FADV_DONTNEED)
+
+    def _check_size(self) -> None:
+        size = block_device_size_bytes(self.fd) if self._is_device else os.fstat(self.fd).st_size
+        if size != self._size_bytes:
+            how = "larger" if size > self._size_bytes else "smaller"
+            raise OSError(0, f"the storage was made {how} meanwhile: {size} bytes instead of {self._size_bytes}")
+
+    def close(self) -> None:
+        """Close the descriptors. Nobody may be inside."""
+        if self._direct is not None:
+            self._direct.close()
+        os.close(self.fd)
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """Fewer calls for the same pages: sorted, what touches or overlaps made one."""
+    joined: list[Run] = []
+    for first, behind in sorted(runs):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(behind, joined[-1][1]))
+        else:
+            joined.append((first, behind))
+    return joined
