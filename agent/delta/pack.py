@@ -1,14 +1,16 @@
-"""Choosing what of a batch to send and how; on the other side, unpacking what may be anything.
+"""Choosing how what changed in a batch is sent; on the other side, unpacking what may be anything.
 
-A *frame* is a run of changed blocks in rising order: either known to be all zeroes, which needs no bytes, or data with
-a BLAKE3 digest of each block, compressed with zstd where that pays.
+A *frame* is either ranges that hold only zeroes, which need no bytes, or ranges of data with a BLAKE3 proof of each,
+compressed with zstd where that pays.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import zstandard
@@ -16,16 +18,42 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from agent.delta.blocks import Ranges, coalesce
-from agent.delta.zeroes import is_zero
+from agent.delta.compression import Choice
+from agent.delta.zeroes import split_zeroes
 from agent.errors import DamagedFrame
 
-FRAME_BYTES = 1024 * 1024
-"""Plain bytes in one frame: large enough for zstd to find what repeats, small enough to flow."""
+PAGE_BYTES = 4 * 1024
+"""The smallest piece that is compared; longer runs are cut at multiples of it."""
+
+MAX_FRAME_BYTES = 8 * 1024 * 1024
+"""Plain bytes that the wire lets one frame hold (`MAX_PLAIN_BYTES` of the protocol, which this room does not know). At
+most one range of a batch is shorter than a page, so the wire's 16384 ranges a frame are never reached: 8 MiB are 2048
+pages."""
 
 BLAKE3_BYTES = 32
 
-_SAMPLES = 4
-_SAMPLE_BYTES = 4 * 1024
+Buffer = bytes | memoryview
+
+Spans = NDArray[np.int64]
+"""Shape (n, 2): where pieces begin and end in a buffer."""
+
+_GATHER_PIECES = 16
+"""Raw bytes in more pieces than this, and small ones, are put together: copying runs at 20 GB/s, while each piece by
+itself costs a call, and a TLS record of its own, further on."""
+_GATHER_PIECE_BYTES = 32 * 1024
+
+_SAMPLES = 6
+_SAMPLE_LEVEL = 1
+"""Faster levels leave out the entropy coder, and text in base64 would look as if it did not shrink."""
+
+_MOST_SKIPPED = 8
+"""Frames that go raw unasked after samples that did not shrink, at most: some MiB sent uncompressed where data changes
+its kind, against one sample for each of them."""
+_LINK_IS_DEAR = 3
+"""From this level on the link is what is waited for: every raw frame was sampled first."""
+
+_KEPT_COMPRESSORS = 3
+"""Compressors a thread keeps: for samples, for the level in use and for the one before. At level 9 one holds 15 MiB."""
 
 
 class Codec(enum.Enum):
@@ -41,117 +69,154 @@ class Packed:
 
     Attributes:
         zero: the ranges hold only zeroes; nothing but `ranges` counts then.
-        ranges: one for each block, or, for zeroes, adjoining blocks joined.
-        blake3: digest of each block's plain bytes, 32 bytes each.
-        codec: how `payload` is stored.
-        plain_bytes: length of the blocks before that.
-        payload: the blocks' bytes, one behind the other. Its own memory: the buffer it came from may be reused.
+        ranges: in rising order; of data, none longer than the frame, of zeroes, adjoining ones joined.
+        proofs: BLAKE3 of each range's plain bytes, 32 bytes each.
+        codec: how `pieces` are stored.
+        level: the zstd level, None for raw.
+        plain_bytes: length of the ranges together.
+        pieces: the stored bytes, one behind the other. Those of raw frames may be parts of the buffer that was packed:
+            they hold until it is reused.
     """
 
     zero: bool
     ranges: Ranges
-    blake3: bytes
+    proofs: bytes
     codec: Codec
+    level: int | None
     plain_bytes: int
-    payload: bytes
+    pieces: tuple[Buffer, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Length of the pieces together."""
+        return sum(len(piece) for piece in self.pieces)
 
 
 class Packer:
-    """Makes frames. Holds a compressor, so it is used by one thread at a time.
+    """Makes frames; may be used by several threads at once. What it learns about the data they share.
 
     Args:
-        level: zstd level; 1 keeps up with a gigabit link on one core, negative ones are faster and save less.
-        frame_bytes: plain bytes in one frame at most (one block at least).
         min_saving: the share of its bytes that compressing must save, or the frame is sent as it is.
     """
 
-    def __init__(self, *, level: int = 1, frame_bytes: int = FRAME_BYTES, min_saving: float = 0.05) -> None:
-        # One-shot compression declares the content size in the frame, which the receiver checks first.
-        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=False)
-        self._frame_bytes = frame_bytes
-        self._min_saving = min_saving
+    def __init__(self, *, min_saving: float = 0.05) -> None:
+        self._most = 1 - min_saving
+        self._threads = _Workshop()
+        self._outlook = _Outlook()
 
-    def pack(self, buffer: memoryview, blocks: Ranges, chosen: NDArray[np.bool_]) -> Iterator[Packed]:
-        """Frames of the chosen blocks, lazily, in rising order.
+    def pack(self, buffer: memoryview, runs: Ranges, starts: NDArray[np.uint64], choice: Choice) -> list[Packed]:
+        """Frames of the changed runs of a batch, in rising order. Takes as long as hashing and compressing them.
 
         Args:
-            buffer: the bytes of all `blocks`, one behind the other; unchanged until the iterator ends.
-            blocks: the blocks of a batch, shape (n, 2).
-            chosen: which of them to send, shape (n,).
+            buffer: the bytes of the batch, contiguous.
+            runs: what changed, shape (n, 2), in rising order, not overlapping; the lengths are multiples of 4 KiB, but
+                for the last of a disk.
+            starts: where each run lies in `buffer`, shape (n,).
+            choice: level and size of the frames.
+
+        Raises:
+            ValueError: the runs are not such, or do not lie in the buffer.
         """
-        ends = np.cumsum(blocks[:, 1])
-        starts = ends - blocks[:, 1]
-        frame: list[int] = []
-        views: list[memoryview] = []
-        size, frame_is_zero = 0, False
-        for index in np.flatnonzero(chosen).tolist():
-            view = buffer[int(starts[index]) : int(ends[index])]
-            zero = is_zero(view)
-            full = not zero and size + view.nbytes > self._frame_bytes
-            if frame and (full or zero != frame_is_zero):
-                yield self._frame(blocks[frame], views, zero=frame_is_zero)
-                frame, views, size = [], [], 0
-            frame.append(index)
-            views.append(view)
-            size, frame_is_zero = size + view.nbytes, zero
-        if frame:
-            yield self._frame(blocks[frame], views, zero=frame_is_zero)
+        if not len(runs):
+            return []
+        offsets, lengths, places = _joined(runs.astype(np.int64), starts.astype(np.int64))
+        _check(buffer, offsets, lengths, places)
+        offsets, lengths, places, zero = split_zeroes(buffer, offsets, lengths, places)
+        turns = [0, *(np.flatnonzero(zero[1:] != zero[:-1]) + 1).tolist(), len(zero)]
+        frames: list[Packed] = []
+        for first, end in pairwise(turns):
+            these = slice(first, end)
+            if zero[first]:
+                ranges = coalesce(_as_ranges(offsets[these], lengths[these]))
+                frames.append(Packed(True, ranges, b"", Codec.RAW, None, int(lengths[these].sum()), ()))
+            else:
+                for piece in _cut(offsets[these], lengths[these], places[these], _frame_bytes(choice)):
+                    frames.append(self._frame(buffer, *piece, choice.level))
+        return frames
 
-    def _frame(self, blocks: Ranges, views: list[memoryview], *, zero: bool) -> Packed:
-        if zero:
-            return Packed(True, coalesce(blocks), b"", Codec.RAW, 0, b"")
-        digests = b"".join([blake3(view).digest() for view in views])
-        plain = b"".join(views)
-        stored = self._compress(plain)
-        codec = Codec.RAW if stored is None else Codec.ZSTD
-        return Packed(False, blocks, digests, codec, len(plain), plain if stored is None else stored)
+    def _frame(
+        self,
+        buffer: memoryview,
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        places: NDArray[np.int64],
+        level: int | None,
+    ) -> Packed:
+        bounds = zip(places.tolist(), (places + lengths).tolist(), strict=True)
+        proofs = b"".join([blake3(buffer[start:end]).digest() for start, end in bounds])
+        ranges, plain_bytes = _as_ranges(offsets, lengths), int(lengths.sum())
+        spans = _spans(lengths, places)
+        if level is not None and self._promises(buffer, spans, plain_bytes, level):
+            stored = self._compressed(buffer, spans, plain_bytes, level)
+            shrank = len(stored) <= plain_bytes * self._most
+            self._outlook.tried(shrank=shrank)
+            if shrank:
+                return Packed(False, ranges, proofs, Codec.ZSTD, level, plain_bytes, (stored,))
+        pieces = _raw_pieces(buffer, spans, plain_bytes)
+        return Packed(False, ranges, proofs, Codec.RAW, None, plain_bytes, pieces)
 
-    def _compress(self, plain: bytes) -> bytes | None:
-        """The compressed frame, or None where it does not pay. A sample is asked first: data that is compressed or
-        encrypted already should not cost a whole compression to find out."""
-        most = 1 - self._min_saving
-        if len(plain) > 2 * _SAMPLES * _SAMPLE_BYTES:
-            step = len(plain) // _SAMPLES
-            sample = b"".join([plain[start : start + _SAMPLE_BYTES] for start in range(0, step * _SAMPLES, step)])
-            if len(self._compressor.compress(sample)) > len(sample) * most:
-                return None
-        stored: bytes = self._compressor.compress(plain)
-        return stored if len(stored) <= len(plain) * most else None
+    def _compressed(self, buffer: memoryview, spans: Spans, plain_bytes: int, level: int) -> bytes:
+        if len(spans) == 1:
+            start, end = spans[0].tolist()
+            plain: Buffer = buffer[start:end]
+        else:
+            plain = _gathered(buffer, spans, self._threads.scratch(plain_bytes))
+        return self._threads.compressor(level).compress(plain)
+
+    def _promises(self, buffer: memoryview, spans: Spans, plain_bytes: int, level: int) -> bool:
+        """Whether compressing a frame is worth trying: as the last ones went, or as a sample of it goes."""
+        if plain_bytes <= 2 * _SAMPLES * PAGE_BYTES:
+            return True
+        match self._outlook.next(patient=level < _LINK_IS_DEAR):
+            case _Advice.COMPRESS:
+                return True
+            case _Advice.RAW:
+                return False
+            case _Advice.SAMPLE:
+                sample = _sample(buffer, spans, plain_bytes)
+                stored = self._threads.compressor(min(level, _SAMPLE_LEVEL)).compress(sample)
+                promises = len(stored) <= len(sample) * self._most
+                if not promises:
+                    self._outlook.refused()
+                return promises
 
 
 class Unpacker:
-    """Opens frames that came from elsewhere. Holds a decompressor, so it is used by one thread at a time."""
+    """Opens frames that came from elsewhere; may be used by several threads at once."""
 
     def __init__(self) -> None:
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._threads = threading.local()
 
-    def unpack(self, stored: memoryview, codec: Codec, ranges: Ranges, digests: memoryview) -> memoryview:
-        """The plain bytes of a frame's blocks, one behind the other, each proven by its BLAKE3 digest.
+    def unpack(self, stored: memoryview, codec: Codec, ranges: Ranges, proofs: memoryview) -> memoryview:
+        """The plain bytes of a frame's ranges, one behind the other, each proven by its BLAKE3 digest.
 
         Args:
-            stored: the blocks as they came.
+            stored: the bytes as they came; a raw frame is returned as it is, not copied.
             codec: how they are stored.
-            ranges: the blocks, shape (n, 2); the caller has checked where they lie and that they are not too many.
-            digests: 32 bytes for each block.
+            ranges: shape (n, 2); the caller has checked where they lie and that they are not too many.
+            proofs: 32 bytes for each range.
 
         Raises:
             DamagedFrame: anything is not as declared.
         """
-        expected_bytes = sum(ranges[:, 1].tolist())
-        if digests.nbytes != len(ranges) * BLAKE3_BYTES:
-            raise _damaged(ranges, f"{digests.nbytes} bytes of digests came for {len(ranges)} blocks")
+        lengths: list[int] = ranges[:, 1].tolist()
+        expected_bytes = sum(lengths)  # in Python's integers: a sum of hostile lengths must not wrap around
+        if proofs.nbytes != len(ranges) * BLAKE3_BYTES:
+            raise _damaged(ranges, f"{proofs.nbytes} bytes of digests came for {len(ranges)} ranges")
         plain = stored if codec is Codec.RAW else self._decompress(stored, ranges, expected_bytes)
         if plain.nbytes != expected_bytes:
-            raise _damaged(ranges, f"{plain.nbytes} bytes came for blocks of {expected_bytes}")
-        at = 0
-        for number, length in enumerate(ranges[:, 1].tolist()):
-            proof = digests[number * BLAKE3_BYTES : (number + 1) * BLAKE3_BYTES]
-            if blake3(plain[at : at + length]).digest() != proof:
-                raise _damaged(ranges[number:], "a block is not the one its digest was made of")
-            at += length
+            raise _damaged(ranges, f"{plain.nbytes} bytes came for ranges of {expected_bytes}")
+        bounds = np.cumsum([0, *lengths]).tolist()
+        made = b"".join([blake3(plain[start:end]).digest() for start, end in pairwise(bounds)])
+        if made != proofs:
+            wrong = np.frombuffer(made, dtype="V32") != np.frombuffer(proofs, dtype="V32")
+            raise _damaged(ranges[wrong], "a range is not the one its digest was made of")
         return plain
 
     def _decompress(self, stored: memoryview, ranges: Ranges, expected_bytes: int) -> memoryview:
+        decompressor: zstandard.ZstdDecompressor | None = getattr(self._threads, "decompressor", None)
+        if decompressor is None:
+            decompressor = self._threads.decompressor = zstandard.ZstdDecompressor()
         # `max_output_size` is ignored when a frame declares its content size: that is checked before anything else.
         try:
             declared_bytes = zstandard.frame_content_size(stored)
@@ -159,11 +224,163 @@ class Unpacker:
                 raise _damaged(
                     ranges, f"a compressed frame declares {declared_bytes} bytes instead of {expected_bytes}"
                 )
-            return memoryview(
-                self._decompressor.decompress(stored, max_output_size=expected_bytes, allow_extra_data=False)
-            )
+            return memoryview(decompressor.decompress(stored, max_output_size=expected_bytes, allow_extra_data=False))
         except zstandard.ZstdError as error:
             raise _damaged(ranges, f"it cannot be decompressed ({error})") from error
+
+
+class _Workshop(threading.local):
+    """What each thread keeps: compressors by level, since none may be used by two at once and making one costs memory;
+    and memory to gather a frame in, since fresh memory would cost more than the copying."""
+
+    def __init__(self) -> None:
+        self._scratch = np.empty(0, dtype=np.uint8)
+        self._by_level: OrderedDict[int, zstandard.ZstdCompressor] = OrderedDict()
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        compressor = self._by_level.get(level)
+        if compressor is None:
+            # One-shot compression declares the content size in the frame, which the receiver checks first. Our proofs
+            # are stronger than zstd's checksum.
+            compressor = self._by_level[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
+        self._by_level.move_to_end(level)
+        if len(self._by_level) > _KEPT_COMPRESSORS:
+            self._by_level.popitem(last=False)
+        return compressor
+
+    def scratch(self, size_bytes: int) -> NDArray[np.uint8]:
+        """Memory of exactly that size, the same each time."""
+        if len(self._scratch) < size_bytes:
+            self._scratch = np.empty(size_bytes, dtype=np.uint8)
+        return self._scratch[:size_bytes]
+
+
+class _Advice(enum.Enum):
+    COMPRESS = enum.auto()
+    SAMPLE = enum.auto()
+    RAW = enum.auto()
+
+
+class _Outlook:
+    """What the last frames let one expect of the next. A frame that shrank speaks for the next without a sample; each
+    sample that did not doubles, up to a bound, the frames that go raw before another is taken."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shrinks = False
+        self._skip = 0  # frames that still go raw unasked
+        self._refusals = 0  # samples and tries in a row that did not shrink
+
+    def next(self, *, patient: bool) -> _Advice:
+        """For the next frame; impatient when sending a frame raw that would have shrunk is dear."""
+        with self._lock:
+            if self._shrinks:
+                return _Advice.COMPRESS
+            if patient and self._skip > 0:
+                self._skip -= 1
+                return _Advice.RAW
+            return _Advice.SAMPLE
+
+    def refused(self) -> None:
+        """A sample did not shrink."""
+        with self._lock:
+            self._refusals += 1
+            self._skip = min(2 ** (self._refusals - 1), _MOST_SKIPPED)
+
+    def tried(self, *, shrank: bool) -> None:
+        """A whole frame was compressed."""
+        with self._lock:
+            self._shrinks = shrank
+            if shrank:
+                self._refusals = self._skip = 0
+
+
+def _frame_bytes(choice: Choice) -> int:
+    """Whole pages, at least one, at most what the wire carries."""
+    return min(max(choice.frame_bytes // PAGE_BYTES, 1) * PAGE_BYTES, MAX_FRAME_BYTES)
+
+
+def _as_ranges(offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> Ranges:
+    return np.column_stack((offsets, lengths)).astype(np.uint64)
+
+
+def _joined(
+    runs: NDArray[np.int64], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets, lengths and places of the runs, those joined that adjoin on the disk and in the buffer."""
+    offsets, lengths = runs[:, 0], runs[:, 1]
+    apart = (offsets[1:] != offsets[:-1] + lengths[:-1]) | (places[1:] != places[:-1] + lengths[:-1])
+    first = np.concatenate(([True], apart))
+    last = np.concatenate((apart, [True]))
+    return offsets[first], offsets[last] + lengths[last] - offsets[first], places[first]
+
+
+def _check(
+    buffer: memoryview, offsets: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64]
+) -> None:
+    """Joined runs, as `Packer.pack` wants them."""
+    if (lengths < 1).any() or (offsets[1:] < offsets[:-1] + lengths[:-1]).any():
+        raise ValueError("runs must not be empty, and rise without overlapping")
+    if (lengths[:-1] % PAGE_BYTES).any():
+        raise ValueError(f"only the last run of a disk may be no multiple of {PAGE_BYTES} bytes")
+    if (places < 0).any() or int((places + lengths).max()) > buffer.nbytes:
+        raise ValueError(f"runs lie outside the buffer of {buffer.nbytes} bytes")
+
+
+def _cut(
+    offsets: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64], frame_bytes: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """The ranges of each frame: all of them full but the last, a range cut where it goes over."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    edges = np.unique(np.concatenate(([0], ends[:-1], np.arange(frame_bytes, total, frame_bytes))))
+    run = np.searchsorted(ends, edges, side="right")
+    skipped = edges - (ends[run] - lengths[run])
+    cut_lengths = np.diff(edges, append=total)
+    frames = [0, *(np.flatnonzero(np.diff(edges // frame_bytes)) + 1).tolist(), len(edges)]
+    return [
+        (offsets[run[a:b]] + skipped[a:b], cut_lengths[a:b], places[run[a:b]] + skipped[a:b])
+        for a, b in pairwise(frames)
+    ]
+
+
+def _spans(lengths: NDArray[np.int64], places: NDArray[np.int64]) -> Spans:
+    """Where ranges begin and end in the buffer, those joined that adjoin there: shape (n, 2)."""
+    apart = places[1:] != places[:-1] + lengths[:-1]
+    first = np.concatenate(([True], apart))
+    last = np.concatenate((apart, [True]))
+    return np.column_stack((places[first], places[last] + lengths[last]))
+
+
+def _raw_pieces(buffer: memoryview, spans: Spans, plain_bytes: int) -> tuple[Buffer, ...]:
+    """The bytes of spans: parts of the buffer, or, where those would be many and small, one copy."""
+    if len(spans) <= _GATHER_PIECES or plain_bytes > len(spans) * _GATHER_PIECE_BYTES:
+        return tuple(buffer[start:end] for start, end in spans.tolist())
+    return (_gathered(buffer, spans, np.empty(plain_bytes, dtype=np.uint8)),)
+
+
+def _gathered(buffer: memoryview, spans: Spans, memory: NDArray[np.uint8]) -> Buffer:
+    """The bytes of spans one behind the other, in the memory given (exactly as long)."""
+    if (spans % PAGE_BYTES).any():  # at the end of a disk
+        return b"".join([buffer[start:end] for start, end in spans.tolist()])
+    # numpy gathers pages faster than bytes.join does slices, and lets other threads run meanwhile.
+    begins, counts = spans[:, 0] // PAGE_BYTES, (spans[:, 1] - spans[:, 0]) // PAGE_BYTES
+    inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    pages = np.frombuffer(buffer, dtype=np.uint8, count=buffer.nbytes // PAGE_BYTES * PAGE_BYTES)
+    index = np.repeat(begins, counts) + inside
+    # Clipping never happens: it only spares numpy a buffer of its own.
+    np.take(pages.reshape(-1, PAGE_BYTES), index, axis=0, out=memory.reshape(-1, PAGE_BYTES), mode="clip")
+    return memory.data
+
+
+def _sample(buffer: memoryview, spans: Spans, plain_bytes: int) -> bytes:
+    """A few pages, evenly spread over the spans."""
+    ends = np.cumsum(spans[:, 1] - spans[:, 0])
+    step = plain_bytes // _SAMPLES
+    positions = np.arange(step // 2, plain_bytes, step)
+    span = np.searchsorted(ends, positions, side="right")
+    starts = (spans[span, 1] - (ends[span] - positions)) // PAGE_BYTES * PAGE_BYTES
+    return b"".join([buffer[start : start + PAGE_BYTES] for start in starts.tolist()])
 
 
 def _damaged(ranges: Ranges, cause: str) -> DamagedFrame:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from agent.delta.blocks import Batch, Ranges, ZeroRun, coalesce, plan_batches, split_blocks, to_ranges
 from agent.delta.compare import differing
+from agent.delta.compression import Choice
 from agent.delta.digests import block_digests
 from agent.delta.pack import Codec, Packed, Packer, Unpacker
 from agent.disk.seam import Extent
@@ -18,6 +20,7 @@ from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 BLOCK = 4096  # small, so that many blocks fit a test
 BATCH = 4 * BLOCK
 FRAME = 2 * BLOCK
+CHOICE = Choice(level=1, frame_bytes=FRAME)
 
 sizes = st.integers(1, 20 * BLOCK)
 
@@ -73,12 +76,22 @@ def read(disk: MemoryDisk, ranges: Ranges) -> memoryview:
     return buffer
 
 
+def stored(packed: Packed) -> memoryview:
+    """The bytes of a frame, as they would cross the wire."""
+    return memoryview(b"".join(packed.pieces))
+
+
+def runs_of(blocks: Ranges, chosen: NDArray[np.bool_]) -> tuple[Ranges, NDArray[np.uint64]]:
+    """The chosen of blocks that lie one behind the other in a buffer, and where they lie there."""
+    return blocks[chosen], (np.cumsum(blocks[:, 1]) - blocks[:, 1])[chosen]
+
+
 def apply(target: MemoryDisk, packed: Packed, unpacker: Unpacker) -> None:
     if packed.zero:
         for offset, length in packed.ranges.tolist():
             target.write_zeroes(offset, length)
         return
-    plain = unpacker.unpack(memoryview(packed.payload), packed.codec, packed.ranges, memoryview(packed.blake3))
+    plain = unpacker.unpack(stored(packed), packed.codec, packed.ranges, memoryview(packed.proofs))
     at = 0
     for offset, length in packed.ranges.tolist():
         target.write(offset, plain[at : at + length])
@@ -91,7 +104,7 @@ def test_a_pass_ends_equal_and_sends_no_block_that_was_equal(pair: tuple[MemoryD
     source, target = pair
     size = source.size_bytes
     before = bytes(target.storage.content)
-    packer, unpacker = Packer(frame_bytes=FRAME), Unpacker()
+    packer, unpacker = Packer(), Unpacker()
     sent: list[Ranges] = []
     for item in plan_batches(source.extents(0, size), size, block_bytes=BLOCK, batch_bytes=BATCH):
         if isinstance(item, ZeroRun):
@@ -102,7 +115,7 @@ def test_a_pass_ends_equal_and_sends_no_block_that_was_equal(pair: tuple[MemoryD
         chosen = differing(
             block_digests(ours, item.block_lengths(), seed=seed), block_digests(theirs, item.block_lengths(), seed=seed)
         )
-        frames = list(packer.pack(ours, item.blocks(), chosen))
+        frames = packer.pack(ours, *runs_of(item.blocks(), chosen), CHOICE)
         if frames:
             rising = np.concatenate([frame.ranges for frame in frames])
             assert (rising[1:, 0] >= rising[:-1, 0] + rising[:-1, 1]).all()
@@ -170,8 +183,8 @@ def test_what_is_packed_is_what_is_unpacked(content: bytes, tail: int, data: st.
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(blocks), max_size=len(blocks))), dtype=bool)
     disk = MemoryDisk("vda", MemoryStorage(7 * BLOCK + len(content)))
     disk.write(0, memoryview(b"\xee" * disk.size_bytes))
-    for packed in Packer(frame_bytes=FRAME).pack(memoryview(content), blocks, chosen):
-        assert packed.plain_bytes <= FRAME
+    for packed in Packer().pack(memoryview(content), *runs_of(blocks, chosen), CHOICE):
+        assert packed.zero or packed.plain_bytes <= FRAME
         apply(disk, packed, Unpacker())
     for (offset, length), wanted in zip(blocks.tolist(), chosen.tolist(), strict=True):
         expected = content[offset - 7 * BLOCK :][:length] if wanted else b"\xee" * length
@@ -182,14 +195,14 @@ def test_what_is_packed_is_what_is_unpacked(content: bytes, tail: int, data: st.
 @given(content=contents, data=st.data())
 def test_a_mutated_frame_is_refused_or_means_the_same(content: bytes, data: st.DataObject) -> None:
     blocks = split_blocks(to_ranges([(0, len(content))]), BLOCK)
-    frames = Packer(frame_bytes=FRAME).pack(memoryview(content), blocks, np.ones(len(blocks), dtype=bool))
+    frames = Packer().pack(memoryview(content), *runs_of(blocks, np.ones(len(blocks), dtype=bool)), CHOICE)
     packed = next((frame for frame in frames if not frame.zero), None)
     if packed is None:
         return
     mutate = data.draw(st.sampled_from(["flip", "cut", "extend", "digest", "lengths", "codec"]))
     payload, proofs, ranges, codec = (
-        bytearray(packed.payload),
-        bytearray(packed.blake3),
+        bytearray(stored(packed)),
+        bytearray(packed.proofs),
         packed.ranges.copy(),
         packed.codec,
     )
@@ -217,6 +230,56 @@ def test_a_mutated_frame_is_refused_or_means_the_same(content: bytes, data: st.D
     for offset, length in ranges.tolist():
         assert plain[at : at + length] == content[offset : offset + length]
         at += length
+
+
+ZERO = 16 * BLOCK  # the block of zeroes
+
+stretches = st.lists(
+    st.tuples(st.sampled_from(["zeroes", "text", "noise"]), st.integers(1, 40), st.booleans(), st.integers(0, 3)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(deadline=None)
+@given(plan=stretches, frame_pages=st.integers(1, 70), level=st.sampled_from([None, -5, 1]), tail=st.integers(0, 4095))
+def test_frames_hold_each_byte_of_the_runs_once_in_order_and_zeroes_apart(
+    plan: list[tuple[str, int, bool, int]], frame_pages: int, level: int | None, tail: int
+) -> None:
+    chance = np.random.default_rng(len(plan))
+    runs: list[tuple[int, int]] = []
+    starts: list[int] = []
+    content, offset = bytearray(), 0
+    for number, (kind, pages, wanted, gap) in enumerate(plan):
+        offset += gap * BLOCK  # of the disk that is not in the batch
+        length = pages * BLOCK - (tail if number == len(plan) - 1 else 0)
+        if wanted:
+            runs.append((offset, length))
+            starts.append(len(content))
+        fill = {"zeroes": bytes(length), "text": (b"so it goes. " * length)[:length], "noise": chance.bytes(length)}
+        content += fill[kind]
+        offset += length
+    frames = Packer().pack(
+        memoryview(content), to_ranges(runs), np.array(starts, dtype=np.uint64), Choice(level, frame_pages * BLOCK)
+    )
+    packed = np.concatenate([frame.ranges for frame in frames]) if frames else to_ranges([])
+    assert coalesce(packed).tolist() == coalesce(to_ranges(runs)).tolist()
+    disk = MemoryDisk("vda", MemoryStorage(offset))
+    disk.write(0, memoryview(b"\xee" * offset))
+    for frame in frames:
+        apply(disk, frame, Unpacker())
+        if frame.zero:
+            assert not (frame.ranges % ZERO).any()
+        else:
+            assert frame.plain_bytes <= frame_pages * BLOCK
+            for at, length in frame.ranges.tolist():
+                assert at % BLOCK == 0
+                # No whole aligned block of zeroes is left among the data of one range.
+                first = -(-at // ZERO) * ZERO
+                for block in range(first, at + length - ZERO + 1, ZERO):
+                    assert any(disk.storage.content[block : block + ZERO])
+    for (at, length), start in zip(runs, starts, strict=True):
+        assert disk.storage.content[at : at + length] == content[start : start + length]
 
 
 @given(garbage=st.binary(max_size=200), codec=st.sampled_from(Codec), count=st.integers(1, 3))

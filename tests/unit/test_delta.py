@@ -6,17 +6,13 @@ import random
 import tracemalloc
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import xxhash
-import zstandard
-from blake3 import blake3
 
 from agent.delta.blocks import (
     BATCH_BYTES,
     BLOCK_BYTES,
     Batch,
-    Ranges,
     ZeroRun,
     block_lengths,
     coalesce,
@@ -26,10 +22,8 @@ from agent.delta.blocks import (
 )
 from agent.delta.compare import differing
 from agent.delta.digests import block_digests, digests_from_wire, digests_to_wire, zero_digest
-from agent.delta.pack import Codec, Packed, Packer, Unpacker
-from agent.delta.zeroes import is_zero
 from agent.disk.seam import Extent
-from agent.errors import DamagedFrame, SyncError
+from agent.errors import SyncError
 
 B = BLOCK_BYTES
 
@@ -211,153 +205,3 @@ def test_differing_tells_each_block() -> None:
     assert differing(ours, ours.copy()).tolist() == [False, False, False]
     with pytest.raises(SyncError, match="hashed 3 and 2 blocks"):
         differing(ours, theirs[:2])
-
-
-# --- zeroes -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 4096, B, B + 3])
-def test_only_a_block_of_zeroes_is_zero(length: int) -> None:
-    block = bytearray(length)
-    assert is_zero(memoryview(block))
-    for at in {0, length // 2, length - 1}:
-        block[at] = 0x80
-        assert not is_zero(memoryview(block))
-        block[at] = 0
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------
-
-
-def pack(content: bytes, chosen: list[bool] | None = None, packer: Packer | None = None) -> list[Packed]:
-    blocks = split_blocks(to_ranges([(B, len(content))]))
-    mask = np.array([True] * len(blocks) if chosen is None else chosen, dtype=bool)
-    return list((packer or Packer()).pack(memoryview(content), blocks, mask))
-
-
-def unpack(packed: Packed, payload: bytes | None = None, ranges: Ranges | None = None) -> memoryview:
-    stored = memoryview(packed.payload if payload is None else payload)
-    return Unpacker().unpack(
-        stored, packed.codec, packed.ranges if ranges is None else ranges, memoryview(packed.blake3)
-    )
-
-
-def test_text_is_compressed_and_noise_is_not() -> None:
-    text, noise = (b"so it goes. " * B)[: 4 * B], random.Random(0).randbytes(4 * B)
-    (compressed,) = pack(text)
-    assert compressed.codec is Codec.ZSTD
-    assert len(compressed.payload) < len(text) // 10
-    assert zstandard.frame_content_size(compressed.payload) == len(text) == compressed.plain_bytes
-    assert unpack(compressed) == text
-    (raw,) = pack(noise)
-    assert (raw.codec, raw.payload) == (Codec.RAW, noise)
-    assert unpack(raw) == noise
-
-
-def test_what_saves_too_little_is_sent_as_it_is() -> None:
-    # One byte in sixteen is predictable: zstd saves something, but not the fifth that this packer asks for.
-    chance = random.Random(0)
-    content = b"".join(chance.randbytes(15) + b"\0" for _ in range(B // 8))
-    (packed,) = pack(content, packer=Packer(min_saving=0.2))
-    assert packed.codec is Codec.RAW
-
-
-def test_compressible_only_where_the_sample_does_not_look_costs_nothing_but_bytes() -> None:
-    content = random.Random(0).randbytes(3 * B)
-    (packed,) = pack(content[:8192] + bytes(100) + content)
-    assert unpack(packed) == content[:8192] + bytes(100) + content
-
-
-def test_each_block_has_its_blake3() -> None:
-    content = random.Random(1).randbytes(B + 100)
-    (packed,) = pack(content)
-    assert packed.ranges.tolist() == [[B, B], [2 * B, 100]]
-    assert packed.blake3 == blake3(content[:B]).digest() + blake3(content[B:]).digest()
-
-
-def test_blocks_of_zeroes_become_ranges_in_their_turn() -> None:
-    frames = pack(b"x" * B + bytes(2 * B) + b"y" * B + bytes(5))
-    assert [(frame.zero, frame.ranges.tolist()) for frame in frames] == [
-        (False, [[B, B]]),
-        (True, [[2 * B, 2 * B]]),
-        (False, [[4 * B, B]]),
-        (True, [[5 * B, 5]]),
-    ]
-    assert frames[1].payload == frames[1].blake3 == b""
-
-
-def test_frames_are_bounded_and_hold_at_least_one_block() -> None:
-    content = random.Random(2).randbytes(5 * B)
-    assert [frame.plain_bytes for frame in pack(content, packer=Packer(frame_bytes=2 * B))] == [2 * B, 2 * B, B]
-    assert [frame.plain_bytes for frame in pack(content, packer=Packer(frame_bytes=1))] == [B] * 5
-
-
-def test_only_chosen_blocks_are_packed() -> None:
-    content = b"".join(bytes([number]) * B for number in range(1, 6))
-    (packed,) = pack(content, [True, False, False, True, True])
-    assert packed.ranges[:, 0].tolist() == [B, 4 * B, 5 * B]
-    assert unpack(packed) == content[:B] + content[3 * B :]
-    assert pack(content, [False] * 5) == []
-
-
-def test_a_frame_does_not_refer_to_the_buffer_it_came_from() -> None:
-    buffer = bytearray(random.Random(3).randbytes(B))
-    kept = bytes(buffer)
-    (packed,) = Packer().pack(memoryview(buffer), to_ranges([(0, B)]), np.ones(1, dtype=bool))
-    buffer[:] = bytes(B)
-    assert unpack(packed) == kept
-
-
-def test_a_bomb_is_refused_by_its_declared_size_before_it_is_opened() -> None:
-    (packed,) = pack(b"x" * B)
-    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    tracemalloc.start()
-    with pytest.raises(DamagedFrame, match=f"declares {1 << 28} bytes instead of {B}"):
-        unpack(packed, bomb)
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak_bytes < 1 << 20
-
-
-def test_a_frame_that_hides_its_size_is_refused() -> None:
-    (packed,) = pack(b"x" * B)
-    streamed = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20))
-    with pytest.raises(DamagedFrame, match="declares"):
-        unpack(packed, streamed)
-
-
-def test_a_frame_with_something_behind_it_is_refused() -> None:
-    (packed,) = pack(b"x" * B)
-    for tail in (b"\0", packed.payload):
-        with pytest.raises(DamagedFrame):
-            unpack(packed, packed.payload + tail)
-
-
-def test_a_frame_that_lies_about_its_size_is_refused() -> None:
-    # The content size of a small single-segment frame stands in its header (RFC 8878, 3.1.1.1.4).
-    (packed,) = pack(b"x" * B, packer=Packer())
-    short = zstandard.ZstdCompressor().compress(b"x" * 100)
-    at = short.index(bytes([100]))
-    lying = short[:at] + bytes([101]) + short[at + 1 :]
-    assert zstandard.frame_content_size(lying) == 101
-    with pytest.raises(DamagedFrame, match="cannot be decompressed"):
-        unpack(packed, lying, to_ranges([(B, 101)]))
-
-
-def test_a_block_that_is_not_its_digests_is_named_by_its_offset() -> None:
-    content = random.Random(4).randbytes(3 * B)
-    (packed,) = pack(content)
-    damaged = bytearray(content)
-    damaged[B + 5] ^= 1
-    with pytest.raises(DamagedFrame, match=f"from offset {2 * B} on arrived damaged") as caught:
-        unpack(packed, bytes(damaged))
-    assert caught.value.code == "damaged-frame"
-    assert caught.value.facts == {"offset_bytes": 2 * B}
-
-
-def test_lengths_and_digests_must_fit_what_came() -> None:
-    (packed,) = pack(random.Random(5).randbytes(2 * B))
-    with pytest.raises(DamagedFrame, match=f"{2 * B} bytes came for blocks of {2 * B + 1}"):
-        unpack(packed, ranges=to_ranges([(B, B), (2 * B, B + 1)]))
-    with pytest.raises(DamagedFrame, match="64 bytes of digests came for 1 blocks"):
-        unpack(packed, ranges=to_ranges([(B, 2 * B)]))
