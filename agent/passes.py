@@ -247,14 +247,14 @@ class PassDesk:
     ) -> PassVerified:
         seed = secrets.randbits(64)
         connections: list[BulkSocket] = []
-        tuning = self.tunings.of(session.grant.vm_uuid, granted.target)
+        tuning = self.tunings.begin(session.grant.vm_uuid, granted.target)
         try:
             welcome = await self._connect(connections, granted, seed, connect)
-            wanted = lanes_wanted(connections[0].link().rtt_s, cores(), welcome.lanes)
+            wanted = lanes_wanted(connections[0].link().rtt_s or 0.0, cores(), welcome.lanes)
             for _ in range(wanted - 1):
                 await self._connect(connections, granted, seed, connect)
             meter.lanes = len(connections)
-            return await SourcePass(
+            verified = await SourcePass(
                 disk=disk,
                 size_bytes=granted.source_size_bytes,
                 talk=Conversation(granted.target, self.threads, [Lane(connection) for connection in connections]),
@@ -265,6 +265,8 @@ class PassDesk:
                 tuning=tuning,
                 meter=meter,
             ).run()
+            self.tunings.end(session.grant.vm_uuid, granted.target, tuning)
+            return verified
         finally:
             for connection in connections:
                 await self.hang_up(connection)

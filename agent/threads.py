@@ -40,6 +40,11 @@ class Threads:
     network: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(64))
     libvirt: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(16))
 
+    @property
+    def packers(self) -> int:
+        """How many computations run at the same time."""
+        return int(self.compute.total_tokens)
+
     async def on_disk(self, call: Callable[[], T]) -> T:
         """Run a disk call in a thread."""
         return await trio.to_thread.run_sync(call, limiter=self.disk)

@@ -17,6 +17,7 @@ import trio
 from agent.errors import AgentError, SyncError
 from agent.threads import Threads
 from protocol.errors import ConnectionLost, ProtocolError
+from protocol.link import LinkFacts
 from protocol.messages import BulkMessage, PassFailed
 
 FAREWELL_TIMEOUT_S = 5.0
@@ -32,10 +33,19 @@ class Wire(Protocol):
 
     Attributes:
         bytes_sent, bytes_received: frames whole, before TLS.
+        waited_for_window_s: how long sends of data waited for `Credit`.
     """
 
     bytes_sent: int
     bytes_received: int
+    waited_for_window_s: float
+
+    @property
+    def waited_for_link_s(self) -> float:
+        """How long sends waited because the kernel had no room."""
+
+    def link(self) -> LinkFacts:
+        """What the kernel knows of the link."""
 
     def send(self, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
         """Send one message; `BlockData` waits for window."""

@@ -17,12 +17,12 @@ from itertools import islice
 import numpy as np
 import trio
 
-from agent.delta.blocks import Ranges, Span, plan_spans, total_bytes
+from agent.delta.blocks import BLOCK_BYTES, Ranges, Span, plan_spans, split, total_bytes
 from agent.delta.compare import Answer, Held, Portion, portions
 from agent.delta.compression import Choice
 from agent.delta.digests import digests_to_wire
 from agent.delta.granularity import Granularity, Seen
-from agent.delta.pack import Packed
+from agent.delta.pack import Packed, Packer
 from agent.disk.seam import Disk
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
@@ -31,7 +31,7 @@ from agent.sync.hashing import Hashed, hash_span, read_data
 from agent.sync.meter import Meter
 from agent.sync.payloads import answer_from_wire, ranges_to_wire
 from agent.sync.rate import Limits
-from agent.sync.tuning import Tuning
+from agent.sync.tuning import INTERVAL_S, Tuning
 from protocol.errors import PeerViolation
 from protocol.messages import BlockData, Codec, CompareSpan, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
 
@@ -65,6 +65,39 @@ class Work:
     asked: trio.Event = field(default_factory=trio.Event)
     answered: trio.Event = field(default_factory=trio.Event)
     settled: trio.Event = field(default_factory=trio.Event)
+
+
+    @property
+    def held(self) -> Held:
+        """The bytes, which are still there."""
+        assert self.hashed is not None
+        assert self.hashed.held is not None
+        return self.hashed.held
+
+
+@dataclass
+class Found:
+    """What comparing the details of a span showed.
+
+    Attributes:
+        details: compared; `differing_details` of them.
+        differing_blocks: of 64 KiB, in which something differs.
+    """
+
+    details: int = 0
+    differing_details: int = 0
+    differing_blocks: int = 0
+
+    def add(self, portion: Portion, changed: Ranges) -> None:
+        """What of a portion must be sent. What the target reads as zero tells nothing of granularity."""
+        self.details += len(portion.pieces)
+        if len(portion.pieces):
+            inside = np.isin(changed[:, 0], portion.superblocks[portion.empty, 0], invert=True)
+            self.differing_details += int(inside.sum())
+            changed = changed[inside]
+        else:
+            changed = changed[~portion.empty]
+        self.differing_blocks += len(np.unique(split(changed, BLOCK_BYTES)[:, 0] // np.uint64(BLOCK_BYTES)))
 
 
 @dataclass
@@ -122,6 +155,8 @@ class SourcePass:
         listeners = [partial(self._listen, lane) for lane in self.talk.lanes]
         await self.talk.run(self._plan, *listeners, meanwhile=self._tune)
         self.meter.wire_bytes = self.talk.wire_bytes
+        self.meter.superblock_bytes = self.tuning.granularity.superblock_bytes
+        self.meter.detail_bytes = self.tuning.granularity.detail_bytes
         assert self.verified is not None  # every listener ends only by it or by an error
         return self.verified
 
@@ -255,16 +290,17 @@ class SourcePass:
     # --- sending --------------------------------------------------------------------------------------------------
 
     async def _settle(self, work: Work) -> None:
-        """Send what of the span differs, when it is its turn; the tuning learns from it."""
+        """Send what of the span differs, when it is its turn."""
+        differs = work.answer is not None and bool(work.answer.differs.any())
         frames: list[Packed] = []
-        differs = work.hashed is not None and work.answer is not None and bool(work.answer.differs.any())
-        if differs and not work.skimmed:
-            (portion,) = self._portions(work)
-            frames = await self._pack(work, portion)
-        elif work.hashed is not None:
-            if not differs:
+        if work.answer is not None and not (differs and work.skimmed):
+            found = Found()
+            if differs:
+                for portion in self._portions(work):
+                    frames += await self._pack(portion, work.held, found)
+            else:
                 self._let_go(work)
-                self._learn(work, 0, 0, 0)
+            self._learn(work, found)
         if work.before is not None:
             await work.before.settled.wait()
             work.before = None  # a chain of all spans of a disk would never be freed
@@ -275,16 +311,16 @@ class SourcePass:
 
     async def _send_skimmed(self, work: Work) -> None:
         """What differs of a span whose bytes are gone is read once more."""
+        found = Found()
         async with self._second_look:
             if self._spare is None:
                 self._spare = memoryview(mmap.mmap(-1, PORTION_BYTES))
             for portion in self._portions(work):
                 await self.limits.read.take(total_bytes(portion.superblocks))
-                held = await self.talk.threads.on_disk(
-                    partial(read_data, self.disk, portion.superblocks, self._spare)
-                )
-                for packed in await self._pack(work, portion, held):
+                held = await self.talk.threads.on_disk(partial(read_data, self.disk, portion.superblocks, self._spare))
+                for packed in await self._pack(portion, held, found):
                     await self._send_frame(work, packed)
+        self._learn(work, found)
 
     def _portions(self, work: Work) -> Iterator[Portion]:
         assert work.hashed is not None
@@ -297,20 +333,12 @@ class SourcePass:
             most_bytes=PORTION_BYTES if work.skimmed else self.buffers.buffer_bytes,
         )
 
-    async def _pack(self, work: Work, portion: Portion, held: Held | None = None) -> list[Packed]:
-        if held is None:
-            assert work.hashed is not None
-            held = work.hashed.held
-        assert held is not None
-        choice = self.tuning.compression
-
-        def choose(held: Held = held) -> tuple[Ranges, list[Packed], float]:
-            started = time.perf_counter()
-            changed = portion.changed(held, seed=self.seed)
-            frames = self.tuning.packer.pack(held.buffer, changed, held.starts(changed), choice)
-            return changed, frames, time.perf_counter() - started
-
-        changed, frames, packing_s = await self.talk.threads.on_compute(choose)
+    async def _pack(self, portion: Portion, held: Held, found: Found) -> list[Packed]:
+        changed, frames, packing_s = await self.talk.threads.on_compute(
+            partial(_choose, portion, held, self.tuning.packer, self.tuning.compression, self.seed)
+        )
+        found.add(portion, changed)
+        self.tuning.packed(frames, packing_s)
         return frames
 
     async def _send_frame(self, work: Work, packed: Packed) -> None:
@@ -327,8 +355,49 @@ class SourcePass:
 
     # --- tuning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, work: Work, *a) -> None:
-        pass
+    def _learn(self, work: Work, found: Found) -> None:
+        assert work.hashed is not None
+        assert work.answer is not None
+        told = ~work.answer.empty
+        seen = Seen(
+            compared_bytes=total_bytes(work.hashed.superblocks[told]),
+            superblock_bytes=work.granularity.superblock_bytes,
+            detail_bytes=work.granularity.detail_bytes,
+            superblocks=int(told.sum()),
+            differing_superblocks=int((work.answer.differs & told).sum()),
+            details=found.details,
+            differing_details=found.differing_details,
+            differing_blocks=found.differing_blocks,
+        )
+        differing_bytes = total_bytes(work.hashed.superblocks[work.answer.differs])
+        self.tuning.learn(seen, compared_bytes=work.span.data_bytes, differing_bytes=differing_bytes)
 
     async def _tune(self) -> None:
-        await trio.sleep_forever()
+        """Look at what the links were waited for, again and again."""
+        before = self._waits()
+        while True:
+            await trio.sleep(INTERVAL_S)
+            now = self._waits()
+            wall_s, link_s, receiver_s = (after - earlier for after, earlier in zip(now, before, strict=True))
+            self.tuning.observe(
+                wall_s=wall_s, link_limited_s=link_s, receiver_limited_s=receiver_s, packers=self.talk.threads.packers
+            )
+            before = now
+
+    def _waits(self) -> tuple[float, float, float]:
+        """Now; how long a lane was held up by the link (or our own limit of it), and how long by the receiver."""
+        link_s, receiver_s = self.limits.network.waited_s, 0.0
+        for lane in self.talk.lanes:
+            kernel_s = lane.wire.link().receiver_limited_s or 0.0
+            link_s += max(0.0, lane.wire.waited_for_link_s - kernel_s) / len(self.talk.lanes)
+            receiver_s += (lane.wire.waited_for_window_s + kernel_s) / len(self.talk.lanes)
+        return trio.current_time(), link_s, receiver_s
+
+
+def _choose(
+    portion: Portion, held: Held, packer: Packer, choice: Choice, seed: int
+) -> tuple[Ranges, list[Packed], float]:
+    """What changed of a portion, packed, and the seconds that took."""
+    started = time.perf_counter()
+    changed = portion.changed(held, seed=seed)
+    return changed, packer.pack(held.buffer, changed, held.starts(changed), choice), time.perf_counter() - started

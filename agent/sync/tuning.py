@@ -1,15 +1,125 @@
+"""What a pass learns while it runs: how finely to compare, how strongly to compress, whether to hold what it reads.
+
+The choices are pure (`agent.delta.granularity`, `agent.delta.compression`); here they are fed with what this pass's
+answers, packers and links told.
+"""
+
 from __future__ import annotations
-from agent.delta.granularity import *
-from agent.delta.compression import *
-from agent.delta.pack import Packer
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from agent.delta.compression import Choice, CompressionController, Interval
+from agent.delta.granularity import Granularity, GranularityChooser, Seen
+from agent.delta.pack import Packed, Packer
+
+INTERVAL_S = 0.1
+"""How often compression is looked at: some frames of the slowest link, and soon enough for a pass of a second."""
+
+QUIET_SHARE = 1 / 64
+"""Data that differs, of what was compared lately, below which spans are skimmed: what differs of those is read twice."""
+QUIET_AFTER_BYTES = 64 << 20
+"""Compared before a pass without a past may call a disk quiet."""
+_MEMORY_BYTES = 128 << 20  # of compared data after which what was seen counts by 1/e
+_KEPT = 256  # disks whose last pass is remembered
+
+
+@dataclass
 class Tuning:
-    def __init__(self, start=None):
-        self.chooser=GranularityChooser(start); self.compression=Choice(1,1<<20); self.packer=Packer()
-    import os
-    quiet=bool(os.environ.get('QUIET'))
+    """The choices of one disk's pass; used in trio's thread alone, but for the packer.
+
+    Attributes:
+        start: what the last pass over the disk ended with.
+    """
+
+    start: Granularity | None = None
+    was_quiet: bool = False
+    packer: Packer = field(default_factory=Packer)
+
+    def __post_init__(self) -> None:
+        self._chooser = GranularityChooser(self.start)
+        self._controller = CompressionController()
+        self._known_bytes = QUIET_AFTER_BYTES if self.was_quiet else 0
+        self._differing_share = 0.0
+        self._packing_s = 0.0
+        self._plain_bytes = 0
+        self._stored_bytes = 0
+
+    # --- granularity ----------------------------------------------------------------------------------------------
+
     @property
-    def granularity(self): return Granularity(4<<20,4096) if self.quiet else self.chooser.choice
-    def learn(self, seen): self.chooser.learn(seen)
-    def packed(self, frames, s): ...
+    def granularity(self) -> Granularity:
+        """What the next span is asked about in."""
+        return self._chooser.choice
+
+    @property
+    def quiet(self) -> bool:
+        """Whether so little differs that holding what was read does not pay."""
+        return self._known_bytes >= QUIET_AFTER_BYTES and self._differing_share < QUIET_SHARE
+
+    def learn(self, seen: Seen, *, compared_bytes: int, differing_bytes: int) -> None:
+        """A span was answered and what differs of it is known.
+
+        Args:
+            seen: of the superblocks that the target does not read as zero: the others tell nothing of granularity.
+            compared_bytes, differing_bytes: of all its data.
+        """
+        self._chooser.learn(seen)
+        self._known_bytes += compared_bytes
+        weight = 1 - math.exp(-compared_bytes / _MEMORY_BYTES)
+        self._differing_share += weight * (differing_bytes / compared_bytes - self._differing_share)
+
+    def ended_with(self) -> Granularity:
+        """What the next pass over the disk should start with."""
+        return self._chooser.snapshot()
+
+    # --- compression ----------------------------------------------------------------------------------------------
+
+    @property
+    def compression(self) -> Choice:
+        """How the next span's frames are made."""
+        return self._controller.choice
+
+    def packed(self, frames: Iterable[Packed], packing_s: float) -> None:
+        """Frames were made in so many thread-seconds."""
+        self._packing_s += packing_s
+        for packed in frames:
+            if not packed.zero:
+                self._plain_bytes += packed.plain_bytes
+                self._stored_bytes += packed.stored_bytes
+
+    def observe(self, *, wall_s: float, link_limited_s: float, receiver_limited_s: float, packers: int) -> None:
+        """A stretch of time is over; what was packed in it is known here."""
+        self._controller.observe(
+            Interval(
+                wall_s=wall_s,
+                link_limited_s=link_limited_s,
+                receiver_limited_s=receiver_limited_s,
+                packing_s=self._packing_s,
+                packers=packers,
+                plain_bytes=self._plain_bytes,
+                stored_bytes=self._stored_bytes,
+            )
+        )
+        self._packing_s, self._plain_bytes, self._stored_bytes = 0.0, 0, 0
+
+
 class Tunings:
-    def of(self, vm, target): return Tuning()
+    """What the last passes of this host's disks ended with; lost with the process, which costs the next pass little."""
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[tuple[str, str], tuple[Granularity, bool]] = OrderedDict()
+
+    def begin(self, vm_uuid: str, target: str) -> Tuning:
+        """The tuning of a new pass over that disk."""
+        granularity, quiet = self._last.get((vm_uuid, target), (None, False))
+        return Tuning(granularity, quiet)
+
+    def end(self, vm_uuid: str, target: str, tuning: Tuning) -> None:
+        """A pass is complete."""
+        self._last.pop((vm_uuid, target), None)
+        self._last[vm_uuid, target] = (tuning.ended_with(), tuning.quiet)
+        while len(self._last) > _KEPT:
+            self._last.popitem(last=False)

@@ -79,7 +79,7 @@ def target_pass(
     **others: Any,
 ) -> TargetPass:
     """The target's side over those wires."""
-    values: dict[str, Any] = {"seed": SEED, "buffers": BufferPool(4, 1 << 20), "limits": Limits()}
+    values: dict[str, Any] = {"seed": SEED, "buffers": BufferPool(4, 4 << 20), "limits": Limits()}
     return TargetPass(
         disk=disk,
         source_size_bytes=source_size_bytes,
@@ -122,9 +122,8 @@ async def run_pass(
 
     async def receive() -> None:
         disk = MemoryDisk("vda", target)
-        others = {"buffers": BufferPool(4, batch_bytes)}
         try:
-            await target_pass(disk, source.size_bytes, far, threads, books[1], mark, **others).run()
+            await target_pass(disk, source.size_bytes, far, threads, books[1], mark).run()
         except (AgentError, ProtocolError) as error:
             run.target_failure = error
 

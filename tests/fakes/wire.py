@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from protocol.errors import ConnectionLost
+from protocol.link import NO_FACTS, LinkFacts
 from protocol.messages import BlockData, BulkMessage, Credit
 
 
@@ -32,6 +33,8 @@ class FakeWire:
         self._down = False
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.waited_for_window_s = 0.0
+        self.waited_for_link_s = 0.0
         self.sent: list[tuple[BulkMessage, bytes]] = []
 
     @classmethod
@@ -72,6 +75,10 @@ class FakeWire:
             message, payload = self._into.messages.popleft()
             self.bytes_received += len(payload)
             return message, memoryview(payload)
+
+    def link(self) -> LinkFacts:
+        """A wire that no kernel knows."""
+        return NO_FACTS
 
     def shutdown(self) -> None:
         """End every wait on both ends; what was sent before still arrives."""

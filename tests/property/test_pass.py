@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.delta.blocks import BLOCK_BYTES
-from agent.delta.granularity import Granularity
+from agent.delta.granularity import DETAIL_SIZES, SUPERBLOCK_SIZES, Granularity
 from protocol.messages import BlockData
 from tests.fakes.memory_disk import MemoryStorage
 from tests.fakes.pass_bench import PassRun, run_pass
@@ -27,8 +27,8 @@ blocks = st.lists(
 )
 granularities = st.builds(
     Granularity,
-    superblock_bytes=st.sampled_from([BLOCK_BYTES, 4 * BLOCK_BYTES, 8 * BLOCK_BYTES]),
-    detail_bytes=st.sampled_from([4096, BLOCK_BYTES]),
+    superblock_bytes=st.sampled_from(SUPERBLOCK_SIZES),
+    detail_bytes=st.sampled_from(DETAIL_SIZES),
 )
 tails = st.sampled_from([0, 1, 511, 512, 4096, BLOCK_BYTES - 1])
 
