@@ -16,6 +16,7 @@ from typing import cast
 from protocol.bulk_connection import BulkConnection
 from protocol.connection import Allocate, Buffer, Received, Speaker, State, agree, no_common_version
 from protocol.errors import ConnectionLost, PeerEnded, PeerViolation, ProtocolError
+from protocol.link import tune
 from protocol.messages import PROTOCOL_VERSIONS, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
 from protocol.software import SOFTWARE
 from protocol.tls import PeerIdentity, explain, peer_identity
@@ -310,7 +311,7 @@ def _shake_hands(
     """TLS on a TCP connection, with another agent. Closes it when that fails."""
     tls: ssl.SSLSocket | None = None
     try:
-        _tune(plain)
+        tune(plain, sends_blocks=us is Speaker.CALLER)
         tls = context.wrap_socket(
             plain, server_side=us is Speaker.LISTENER, server_hostname=server_name, do_handshake_on_connect=False
         )
@@ -328,12 +329,3 @@ def _shake_hands(
             raise
         raise explain(error, peer) from error
     return BulkSocket(TlsSocket(tls, peer), identity, BulkConnection(us, allocate), idle_timeout_s)
-
-
-def _tune(sock: socket.socket) -> None:
-    """Small answers leave at once; a link that died without a word is noticed within a minute while it is idle."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
