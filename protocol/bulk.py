@@ -16,11 +16,11 @@ from typing import cast
 from protocol.bulk_connection import BulkConnection
 from protocol.connection import Allocate, Buffer, Received, Speaker, State, agree, no_common_version
 from protocol.errors import ConnectionLost, PeerEnded, PeerViolation, ProtocolError
-from protocol.link import tune
-from protocol.messages import PROTOCOL_VERSIONS, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
+from protocol.link import LinkFacts, tune
+from protocol.messages import PROTOCOL_VERSIONS, BlockData, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
 from protocol.software import SOFTWARE
-from protocol.tls import PeerIdentity, explain, peer_identity
-from protocol.tls_socket import TlsSocket, linger
+from protocol.tls import PeerIdentity, explain
+from protocol.tls_socket import TlsSocket
 
 IDLE_TIMEOUT_S = 300.0
 """Neither side may leave the other without a byte for so long; ``Credit(payload_bytes=0)`` is a sign of life."""
@@ -40,12 +40,18 @@ class BulkSocket:
     Attributes:
         peer: who the other end's certificate says it is.
         bytes_sent, bytes_received: frames whole, before TLS.
+        waited_for_window_s: how long `send` has waited for `Credit`: the peer's agent had not dealt with what it had.
+        sending_s: how long `send` took to encrypt and to hand over to the kernel.
+        waited_for_link_s: the part of `sending_s` in which the kernel had no room: the network took no more, or (then
+            `LinkFacts.receiver_limited_s` rises too) the peer's kernel.
     """
 
     def __init__(self, pipe: TlsSocket, peer: PeerIdentity, connection: BulkConnection, idle_timeout_s: float) -> None:
         self.peer = peer
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.waited_for_window_s = 0.0
+        self.sending_s = 0.0
         self._pipe = pipe
         self._connection = connection
         self._idle_timeout_s = idle_timeout_s
@@ -75,6 +81,7 @@ class BulkSocket:
             buffers = self._connection.send(message, *pieces)
             self._sending = True
         count = 0
+        began = time.monotonic()
         try:
             count = self._pipe.send_all(buffers, self._idle_timeout_s)
         except ProtocolError as error:
@@ -85,6 +92,7 @@ class BulkSocket:
             with self._changed:
                 self._sending = False
                 self.bytes_sent += count
+                self.sending_s += time.monotonic() - began
                 self._changed.notify_all()
 
     def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
@@ -118,6 +126,14 @@ class BulkSocket:
             self.send(Goodbye(code=code, sentence=sentence[:1000]))
         self.close()
 
+    def link(self) -> LinkFacts:
+        """What the kernel knows of the link, so far; from any thread, also after `shutdown` and `close`."""
+        return self._pipe.link()
+
+    @property
+    def waited_for_link_s(self) -> float:
+        return self._pipe.waited_for_link_s
+
     def shutdown(self) -> None:
         """From any thread: every `send` and `receive`, now and later, ends with ConnectionLost at once. Repeatable."""
         self._fail(self._stopped)
@@ -148,7 +164,8 @@ class BulkSocket:
 
     def _await_turn(self, message: BulkMessage, pieces: tuple[Buffer, ...]) -> None:
         """Wait, holding `_changed`, until no other frame is being sent and the peer has room for this one."""
-        deadline = time.monotonic() + self._idle_timeout_s
+        now = time.monotonic()
+        deadline = now + self._idle_timeout_s
         room = self._room
         while True:
             if self._failure is not None:
@@ -158,8 +175,13 @@ class BulkSocket:
             if not self._sending and not self._connection.must_wait(message, *pieces):
                 return
             if room != self._room:
-                deadline, room = time.monotonic() + self._idle_timeout_s, self._room
-            if not self._changed.wait(deadline - time.monotonic()):
+                deadline, room = now + self._idle_timeout_s, self._room
+            for_window = not self._sending and isinstance(message, BlockData)
+            in_time = self._changed.wait(deadline - now)
+            before, now = now, time.monotonic()
+            if for_window:
+                self.waited_for_window_s += now - before
+            if not in_time:
                 raise ConnectionLost(f"the peer made no room for {self._idle_timeout_s:g} seconds")
 
     def _receive(self, idle_timeout_s: float, deadline: float | None) -> tuple[BulkMessage, memoryview]:
@@ -309,23 +331,11 @@ def _shake_hands(
     server_name: str | None,
 ) -> BulkSocket:
     """TLS on a TCP connection, with another agent. Closes it when that fails."""
-    tls: ssl.SSLSocket | None = None
     try:
         tune(plain, sends_blocks=us is Speaker.CALLER)
-        tls = context.wrap_socket(
-            plain, server_side=us is Speaker.LISTENER, server_hostname=server_name, do_handshake_on_connect=False
-        )
-        tls.settimeout(max(0.001, deadline - time.monotonic()))
-        tls.do_handshake()
-        identity = peer_identity(tls)
-    except (OSError, ProtocolError) as error:
-        if tls is None:
-            plain.close()
-        else:
-            if isinstance(error, ssl.SSLError):
-                linger(tls)  # so that the alert that says why reaches the peer
-            tls.close()
-        if isinstance(error, ProtocolError):
-            raise
+        pipe = TlsSocket(plain, context, peer, server_name)
+    except (OSError, ValueError) as error:
+        plain.close()
         raise explain(error, peer) from error
-    return BulkSocket(TlsSocket(tls, peer), identity, BulkConnection(us, allocate), idle_timeout_s)
+    identity = pipe.handshake(deadline)
+    return BulkSocket(pipe, identity, BulkConnection(us, allocate), idle_timeout_s)
