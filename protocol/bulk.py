@@ -13,6 +13,7 @@ import threading
 import time
 from typing import cast
 
+from protocol import limits
 from protocol.bulk_connection import BulkConnection
 from protocol.connection import Allocate, Buffer, Received, Speaker, State, agree, no_common_version
 from protocol.errors import ConnectionLost, PeerEnded, PeerViolation, ProtocolError
@@ -152,11 +153,13 @@ class BulkSocket:
     def _gather(self, credit: Credit) -> Credit | None:
         """Small credits are gathered, for each costs both sides a wake-up: what to send now, if anything.
 
-        Never held back are an eighth of the window, a sign of life (0), and the last that the source could wait for.
+        Never held back are an eighth of the window, a sign of life (0), and the last that the source could wait for:
+        unless what it has left is room for the largest payload there is.
         """
         owed = self._owed_bytes + credit.payload_bytes
-        unacknowledged = self._connection.unacknowledged_bytes
-        if credit.payload_bytes and owed < unacknowledged and owed < self._connection.window_bytes // 8:
+        window = self._connection.window_bytes
+        spare = window - owed >= limits.BULK.payload_bytes
+        if credit.payload_bytes and owed < window // 8 and (spare or owed < self._connection.unacknowledged_bytes):
             self._owed_bytes = owed
             return None
         self._owed_bytes = 0

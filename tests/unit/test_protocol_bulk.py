@@ -200,6 +200,24 @@ def test_payloads_go_into_the_buffers_the_caller_gives(certificates: Certificate
         target.close()
 
 
+def test_credit_is_gathered_while_what_the_source_has_left_holds_the_largest_payload(
+    certificates: Certificates, threads: Threads
+) -> None:
+    """Each credit wakes threads on both sides; a source that uses its whole window again and again never waits."""
+    window = 32 * MIB
+    with connected(certificates, threads, window_bytes=window) as (source, target):
+        listener = threads.start(source.receive)
+        frame, pieces = BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB), block_payload(0, bytes(MIB))
+        before = target.bytes_sent
+        for _ in range(64):
+            source.send(frame, *pieces)
+            target.send(Credit(payload_bytes=len(target.receive()[1])))
+        one_credit = len(frame_prefix(encode(Credit(payload_bytes=window // 8)), 0))
+        assert target.bytes_sent - before <= one_credit * 64 // 4
+        target.send(PassFailed(code="x", sentence="x", target="vda", offset_bytes=-1))
+        listener.result(DEADLINE_S)
+
+
 def test_the_time_spent_waiting_for_window_is_kept_apart(certificates: Certificates, threads: Threads) -> None:
     with connected(certificates, threads, window_bytes=MIB, idle_timeout_s=0.2) as (source, _):
         message, pieces = BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB // 2), block_payload(0, bytes(MIB // 2))
