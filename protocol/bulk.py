@@ -13,13 +13,15 @@ import threading
 import time
 from typing import cast
 
+from protocol import limits
 from protocol.bulk_connection import BulkConnection
 from protocol.connection import Allocate, Buffer, Received, Speaker, State, agree, no_common_version
 from protocol.errors import ConnectionLost, PeerEnded, PeerViolation, ProtocolError
-from protocol.messages import PROTOCOL_VERSIONS, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
+from protocol.link import LinkFacts, tune
+from protocol.messages import PROTOCOL_VERSIONS, BlockData, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
 from protocol.software import SOFTWARE
-from protocol.tls import PeerIdentity, explain, peer_identity
-from protocol.tls_socket import TlsSocket, linger
+from protocol.tls import PeerIdentity, explain
+from protocol.tls_socket import TlsSocket
 
 IDLE_TIMEOUT_S = 300.0
 """Neither side may leave the other without a byte for so long; ``Credit(payload_bytes=0)`` is a sign of life."""
@@ -39,12 +41,18 @@ class BulkSocket:
     Attributes:
         peer: who the other end's certificate says it is.
         bytes_sent, bytes_received: frames whole, before TLS.
+        waited_for_window_s: how long `send` has waited for `Credit`: the peer's agent had not dealt with what it had.
+        sending_s: how long `send` took to encrypt and to hand over to the kernel.
+        waited_for_link_s: the part of `sending_s` in which the kernel had no room: the network took no more, or (then
+            `LinkFacts.receiver_limited_s` rises too) the peer's kernel.
     """
 
     def __init__(self, pipe: TlsSocket, peer: PeerIdentity, connection: BulkConnection, idle_timeout_s: float) -> None:
         self.peer = peer
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.waited_for_window_s = 0.0
+        self.sending_s = 0.0
         self._pipe = pipe
         self._connection = connection
         self._idle_timeout_s = idle_timeout_s
@@ -74,6 +82,7 @@ class BulkSocket:
             buffers = self._connection.send(message, *pieces)
             self._sending = True
         count = 0
+        began = time.monotonic()
         try:
             count = self._pipe.send_all(buffers, self._idle_timeout_s)
         except ProtocolError as error:
@@ -84,6 +93,7 @@ class BulkSocket:
             with self._changed:
                 self._sending = False
                 self.bytes_sent += count
+                self.sending_s += time.monotonic() - began
                 self._changed.notify_all()
 
     def receive(self, timeout_s: float | None = None) -> tuple[BulkMessage, memoryview]:
@@ -124,6 +134,14 @@ class BulkSocket:
             self.send(Goodbye(code=code, sentence=sentence[:1000]))
         self.close()
 
+    def link(self) -> LinkFacts:
+        """What the kernel knows of the link, so far; from any thread, also after `shutdown` and `close`."""
+        return self._pipe.link()
+
+    @property
+    def waited_for_link_s(self) -> float:
+        return self._pipe.waited_for_link_s
+
     def shutdown(self) -> None:
         """From any thread: every `send` and `receive`, now and later, ends with ConnectionLost at once. Repeatable."""
         self._fail(self._stopped)
@@ -142,11 +160,13 @@ class BulkSocket:
     def _gather(self, credit: Credit) -> Credit | None:
         """Small credits are gathered, for each costs both sides a wake-up: what to send now, if anything.
 
-        Never held back are an eighth of the window, a sign of life (0), and the last that the source could wait for.
+        Never held back are an eighth of the window, a sign of life (0), and the last that the source could wait for:
+        unless what it has left is room for the largest payload there is.
         """
         owed = self._owed_bytes + credit.payload_bytes
-        unacknowledged = self._connection.unacknowledged_bytes
-        if credit.payload_bytes and owed < unacknowledged and owed < self._connection.window_bytes // 8:
+        window = self._connection.window_bytes
+        spare = window - owed >= limits.BULK.payload_bytes
+        if credit.payload_bytes and owed < window // 8 and (spare or owed < self._connection.unacknowledged_bytes):
             self._owed_bytes = owed
             return None
         self._owed_bytes = 0
@@ -154,7 +174,8 @@ class BulkSocket:
 
     def _await_turn(self, message: BulkMessage, pieces: tuple[Buffer, ...]) -> None:
         """Wait, holding `_changed`, until no other frame is being sent and the peer has room for this one."""
-        deadline = time.monotonic() + self._idle_timeout_s
+        now = time.monotonic()
+        deadline = now + self._idle_timeout_s
         room = self._room
         while True:
             if self._failure is not None:
@@ -164,8 +185,13 @@ class BulkSocket:
             if not self._sending and not self._connection.must_wait(message, *pieces):
                 return
             if room != self._room:
-                deadline, room = time.monotonic() + self._idle_timeout_s, self._room
-            if not self._changed.wait(deadline - time.monotonic()):
+                deadline, room = now + self._idle_timeout_s, self._room
+            for_window = not self._sending and isinstance(message, BlockData)
+            in_time = self._changed.wait(deadline - now)
+            before, now = now, time.monotonic()
+            if for_window:
+                self.waited_for_window_s += now - before
+            if not in_time:
                 raise ConnectionLost(f"the peer made no room for {self._idle_timeout_s:g} seconds")
 
     def _receive(self, idle_timeout_s: float, deadline: float | None) -> tuple[BulkMessage, memoryview]:
@@ -315,32 +341,11 @@ def _shake_hands(
     server_name: str | None,
 ) -> BulkSocket:
     """TLS on a TCP connection, with another agent. Closes it when that fails."""
-    tls: ssl.SSLSocket | None = None
     try:
-        _tune(plain)
-        tls = context.wrap_socket(
-            plain, server_side=us is Speaker.LISTENER, server_hostname=server_name, do_handshake_on_connect=False
-        )
-        tls.settimeout(max(0.001, deadline - time.monotonic()))
-        tls.do_handshake()
-        identity = peer_identity(tls)
-    except (OSError, ProtocolError) as error:
-        if tls is None:
-            plain.close()
-        else:
-            if isinstance(error, ssl.SSLError):
-                linger(tls)  # so that the alert that says why reaches the peer
-            tls.close()
-        if isinstance(error, ProtocolError):
-            raise
+        tune(plain, sends_blocks=us is Speaker.CALLER)
+        pipe = TlsSocket(plain, context, peer, server_name)
+    except (OSError, ValueError) as error:
+        plain.close()
         raise explain(error, peer) from error
-    return BulkSocket(TlsSocket(tls, peer), identity, BulkConnection(us, allocate), idle_timeout_s)
-
-
-def _tune(sock: socket.socket) -> None:
-    """Small answers leave at once; a link that died without a word is noticed within a minute while it is idle."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    identity = pipe.handshake(deadline)
+    return BulkSocket(pipe, identity, BulkConnection(us, allocate), idle_timeout_s)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -199,6 +200,53 @@ def test_payloads_go_into_the_buffers_the_caller_gives(certificates: Certificate
         target.close()
 
 
+def test_credit_is_gathered_while_what_the_source_has_left_holds_the_largest_payload(
+    certificates: Certificates, threads: Threads
+) -> None:
+    """Each credit wakes threads on both sides; a source that uses its whole window again and again never waits."""
+    window = 32 * MIB
+    with connected(certificates, threads, window_bytes=window) as (source, target):
+        listener = threads.start(source.receive)
+        frame, pieces = BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB), block_payload(0, bytes(MIB))
+        before = target.bytes_sent
+        for _ in range(64):
+            source.send(frame, *pieces)
+            target.send(Credit(payload_bytes=len(target.receive()[1])))
+        one_credit = len(frame_prefix(encode(Credit(payload_bytes=window // 8)), 0))
+        assert target.bytes_sent - before <= one_credit * 64 // 4
+        target.send(PassFailed(code="x", sentence="x", target="vda", offset_bytes=-1))
+        listener.result(DEADLINE_S)
+
+
+def test_the_time_spent_waiting_for_window_is_kept_apart(certificates: Certificates, threads: Threads) -> None:
+    with connected(certificates, threads, window_bytes=MIB, idle_timeout_s=0.2) as (source, _):
+        message, pieces = BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB // 2), block_payload(0, bytes(MIB // 2))
+        source.send(message, *pieces)
+        assert source.waited_for_window_s == 0
+        sending_s = source.sending_s
+        assert sending_s > source.waited_for_link_s >= 0
+        with pytest.raises(ConnectionLost, match="no room"):
+            source.send(message, *pieces)
+        assert source.waited_for_window_s >= 0.2
+        assert source.sending_s == sending_s
+
+
+def test_what_the_link_did_is_known_also_when_it_is_gone(certificates: Certificates, threads: Threads) -> None:
+    with connected(certificates, threads) as (source, target):
+        source.send(BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB), *block_payload(0, bytes(MIB)))
+        target.receive()
+        target.send(PassFailed(code="x", sentence="x", target="vda", offset_bytes=-1))
+        source.receive()  # with the acknowledgement of all that was sent
+        facts = source.link()
+        assert facts.delivered_bytes is not None
+        assert facts.delivered_bytes > source.bytes_sent
+        assert facts.rtt_s is not None
+        source.shutdown()
+        assert source.link().delivered_bytes == facts.delivered_bytes
+        source.close()
+        assert source.link().delivered_bytes == facts.delivered_bytes
+
+
 # --- endings --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +324,38 @@ def test_a_silent_peer_is_given_up(certificates: Certificates, threads: Threads)
         with pytest.raises(ConnectionLost, match=r"sent nothing for 0\.1 seconds"):
             source.receive(timeout_s=0.1)
         with pytest.raises(ConnectionLost):
+            source.send(END)
+
+
+def test_a_peer_that_dribbles_parts_of_a_record_says_nothing(certificates: Certificates, threads: Threads) -> None:
+    with connected(certificates, threads) as (source, target):
+        receiving = threads.start(lambda: source.receive(timeout_s=0.3))
+        for byte in target._pipe._encrypt(memoryview(bytes(1000)))[:-1]:
+            target._pipe._sock.send(bytes([byte]))
+            with suppress(TimeoutError, ConnectionLost):
+                receiving.result(0.05)
+            if receiving.done():
+                break
+        with pytest.raises(ConnectionLost, match="sent nothing"):
+            receiving.result(0)
+
+
+@pytest.mark.parametrize("what", ["sends", "receives"])
+def test_a_cut_link_is_noticed_by_whoever_waits(
+    certificates: Certificates, threads: Threads, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What a cut looks like is for test_protocol_link; here the kernel is taken to have seen one."""
+    with connected(certificates, threads, window_bytes=1024 * MIB) as (source, _):
+
+        def fill() -> None:
+            while True:  # nobody reads: the socket's buffers fill up, then this blocks
+                source.send(BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB), *block_payload(0, bytes(MIB)))
+
+        monkeypatch.setattr("protocol.tls_socket.LOOK_S", 0.01)
+        monkeypatch.setattr("protocol.tls_socket.link_is_cut", lambda sock: True)
+        with pytest.raises(ConnectionLost, match="acknowledged nothing for 45 seconds"):
+            threads.start(fill if what == "sends" else source.receive).result(DEADLINE_S)
+        with pytest.raises(ConnectionLost, match="acknowledged nothing"):
             source.send(END)
 
 
