@@ -65,6 +65,8 @@ class Session:
         ended: nothing of the claimed pass runs any more.
         working: disks whose connection has arrived and that are not through.
         idle_since: when the last of those ended, in trio's time.
+        limits: how fast this agent may send and read, all disks of the pass together.
+        limits_changed: they were set by an order of their own (`PassDesk.limit`), which stands.
     """
 
     order: Order
@@ -77,6 +79,7 @@ class Session:
     working: int = 0
     idle_since: float = 0.0
     limits: Limits = field(default_factory=Limits)
+    limits_changed: bool = False
 
     def __post_init__(self) -> None:
         if self.grant.direction is Direction.RECEIVE:
@@ -130,6 +133,19 @@ class PassDesk:
         """Whether a pass of the pair runs here."""
         session = self._sessions.get(pair)
         return session is not None and session.claimed
+
+    def limit(self, pair: str, network_bytes_per_s: int | None, read_bytes_per_s: int | None) -> None:
+        """Other limits for the pair's pass, from now on; harmless when there is none.
+
+        The pass may be granted and not begun: the order to run it can be overtaken by this newer one.
+
+        Raises:
+            BadLimit: a limit of nothing; neither is changed.
+        """
+        session = self._sessions.get(pair)
+        set_limits(Limits() if session is None else session.limits, network_bytes_per_s, read_bytes_per_s)
+        if session is not None:
+            session.limits_changed = True
 
     def claim(self, order: Order, grant_id: str) -> Session:
         """The session of that grant, for the caller to run (`running`) without a moment's delay; nobody else gets it.
@@ -367,3 +383,17 @@ class PassEnded(AgentError):
     """The pass was ended from outside before it was complete."""
 
     code = "cancelled"
+
+
+class BadLimit(AgentError):
+    """A limit that would let nothing through."""
+
+    code = "bad-limit"
+
+
+def set_limits(limits: Limits, network_bytes_per_s: int | None, read_bytes_per_s: int | None) -> None:
+    """`Limits.set` with what came over the wire; raises `BadLimit`."""
+    try:
+        limits.set(network_bytes_per_s, read_bytes_per_s)
+    except ValueError as error:
+        raise BadLimit(f"{error}: give at least 1 byte/s, or no limit") from error

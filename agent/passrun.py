@@ -14,7 +14,7 @@ from agent.disk.seam import Disk
 from agent.errors import DiskError, SyncError
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
-from agent.passes import Connect, PassDesk, Progress, Session
+from agent.passes import Connect, PassDesk, Progress, Session, set_limits
 from agent.sources import ViewDesk
 from agent.threads import Threads
 from protocol.bulk import BulkSocket, connect_bulk
@@ -47,6 +47,8 @@ class PassRunner:
         """
         started = trio.current_time()
         with self.passes.running(session):
+            if not session.limits_changed:
+                set_limits(session.limits, request.limit_network, request.limit_read)
             if session.grant.direction is Direction.SEND:
                 reports = await self._send(request, session, progress)
             else:

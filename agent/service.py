@@ -57,6 +57,7 @@ from protocol.messages import (
     Request,
     RunPass,
     SetCondition,
+    SetLimits,
     Side,
     TargetSize,
     Unprotect,
@@ -151,6 +152,9 @@ class AgentService:
                 return await self._unprotect(request)
             case AllowPass():
                 await self.passes.allow(request.order, request.grant)
+                return Done()
+            case SetLimits():
+                self.passes.limit(request.order.pair, request.limit_network, request.limit_read)
                 return Done()
             case _:
                 raise Forbidden(f"this agent does not take the order {type(request).__name__}")

@@ -554,14 +554,32 @@ class AllowPass:
 class RunPass:
     """Carry out the granted pass. The sender connects to `peer_host`:`peer_port` (certificate name `peer_name`); the
     receiver waits for it and gives those as ``""``, 0, ``""``. The receiver durably marks the original torn before
-    its first write."""
+    its first write.
+
+    `limit_network`, `limit_read`: bytes/s that this agent may send and read in the pass, all disks together; None:
+    no limit."""
 
     order: Order
     grant: str
     peer_name: str
     peer_host: str
     peer_port: int
+    limit_network: int | None = None
+    limit_read: int | None = None
     reply: ClassVar[type] = PassReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetLimits:
+    """Other limits (as in `RunPass`, both) for the pass of the pair that is granted or running here, from now on.
+
+    What it says stands also against a `RunPass` of the same grant that is read after it. Harmless when there is no
+    pass; nothing is remembered beyond it."""
+
+    order: Order
+    limit_network: int | None
+    limit_read: int | None
+    reply: ClassVar[type] = Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -593,6 +611,7 @@ OrderRequest = (
     | Unprotect
     | AllowPass
     | RunPass
+    | SetLimits
 )
 Request = Question | OrderRequest
 Reply = (
