@@ -186,8 +186,8 @@ class BulkConnection(Connection):
         _check_between("offset_bytes", message.offset_bytes, 0, limits.MAX_DISK_BYTES - message.length_bytes)
         if message.offset_bytes < self._end_of_spans or message.offset_bytes % limits.BLOCK_BYTES:
             raise Breach(
-                f"the span at byte {message.offset_bytes} stands before byte {self._end_of_spans}, where the one before "
-                f"ended, or at no multiple of {limits.BLOCK_BYTES}"
+                f"the span at byte {message.offset_bytes} stands before byte {self._end_of_spans}, where the one "
+                f"before ended, or at no multiple of {limits.BLOCK_BYTES}"
             )
         digests, rest = divmod(payload_bytes - message.count * RANGE_BYTES, DIGEST_BYTES)
         if rest or not message.count <= digests <= limits.MAX_DIGESTS or (digests and not message.count):

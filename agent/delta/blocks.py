@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from agent.errors import SyncError
 
 BLOCK_BYTES = 64 * 1024
-"""The unit that is hashed at once: digests of 16 bytes for it cost 0.02 % of a disk, and few guests write less at once."""
+"""The unit that is hashed at once: a digest of 16 bytes for each costs 0.02 % of a disk."""
 
 PAGE_BYTES = 4 * 1024
 """The unit that guests write: file systems and databases seldom use smaller pages."""

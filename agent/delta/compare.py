@@ -160,7 +160,9 @@ class Portion:
         return both[np.argsort(both[:, 0], kind="stable")]
 
 
-def portions(superblocks: Ranges, told: Answer, *, superblock_bytes: int, detail_bytes: int, most_bytes: int) -> Iterator[Portion]:
+def portions(
+    superblocks: Ranges, told: Answer, *, superblock_bytes: int, detail_bytes: int, most_bytes: int
+) -> Iterator[Portion]:
     """What differs of a span, in portions of at most `most_bytes`, at least one superblock each.
 
     Args:

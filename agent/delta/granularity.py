@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES
+
 KIB = 1024
 MIB = 1024 * KIB
-
-BLOCK_BYTES = 64 * KIB
-PAGE_BYTES = 4 * KIB
 
 SUPERBLOCK_SIZES = (64 * KIB, 256 * KIB, MIB, 4 * MIB)
 DETAIL_SIZES = (PAGE_BYTES, BLOCK_BYTES)

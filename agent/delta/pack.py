@@ -17,13 +17,10 @@ import zstandard
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from agent.delta.blocks import Ranges, coalesce
+from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES, Ranges, coalesce, owners, split
 from agent.delta.compression import Choice
 from agent.delta.zeroes import split_zeroes
 from agent.errors import DamagedFrame
-
-PAGE_BYTES = 4 * 1024
-"""The smallest piece that is compared; longer runs are cut at multiples of it."""
 
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 """Plain bytes that the wire lets one frame hold (`MAX_PLAIN_BYTES` of the protocol, which this room does not know). At
@@ -130,7 +127,8 @@ class Packer:
                 ranges = coalesce(_as_ranges(offsets[these], lengths[these]))
                 frames.append(Packed(True, ranges, b"", Codec.RAW, None, int(lengths[these].sum()), ()))
             else:
-                for piece in _cut(offsets[these], lengths[these], places[these], _frame_bytes(choice)):
+                cut = _at_blocks(offsets[these], lengths[these], places[these])
+                for piece in _cut(*cut, _frame_bytes(choice)):
                     frames.append(self._frame(buffer, *piece, choice.level))
         return frames
 
@@ -342,6 +340,17 @@ def _cut(
         (offsets[run[a:b]] + skipped[a:b], cut_lengths[a:b], places[run[a:b]] + skipped[a:b])
         for a, b in pairwise(frames)
     ]
+
+
+def _at_blocks(
+    offsets: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Runs cut where blocks begin: a proof of its own for each block tells, when one fails, where on the disk."""
+    runs = _as_ranges(offsets, lengths)
+    cut = split(runs, BLOCK_BYTES)
+    owner = owners(runs, cut)
+    pieces = cut.astype(np.int64)
+    return pieces[:, 0], pieces[:, 1], places[owner] + pieces[:, 0] - offsets[owner]
 
 
 def _spans(lengths: NDArray[np.int64], places: NDArray[np.int64]) -> Spans:

@@ -96,5 +96,3 @@ def holds_data(disk: Disk, pieces: Ranges) -> Mask:
     reached = at < len(data)
     starts = data[np.minimum(at, len(data) - 1), 0]
     return np.asarray(reached & (starts < pieces[:, 0] + pieces[:, 1]))
-
-

@@ -201,4 +201,5 @@ class Allowed:
         owner = owners(superblocks, ranges)
         last = np.searchsorted(superblocks[:, 0], ranges[:, 0] + ranges[:, 1], side="left") - 1
         inside = (owner >= 0) & (ranges[:, 0] < edges[np.maximum(owner, 0)])
-        return inside & (ranges[:, 0] + ranges[:, 1] <= edges[last]) & (runs[last] == runs[np.maximum(owner, 0)])
+        one_run = runs[last] == runs[np.maximum(owner, 0)]
+        return np.asarray(inside & (ranges[:, 0] + ranges[:, 1] <= edges[last]) & one_run)

@@ -66,7 +66,6 @@ class Work:
     answered: trio.Event = field(default_factory=trio.Event)
     settled: trio.Event = field(default_factory=trio.Event)
 
-
     @property
     def held(self) -> Held:
         """The bytes, which are still there."""
@@ -251,9 +250,7 @@ class SourcePass:
             await self.talk.send(work.lane, message)
         else:
             books.pending[span.number] = work
-            await self.talk.send(
-                work.lane, message, ranges_to_wire(span.data) + digests_to_wire(work.hashed.digests)
-            )
+            await self.talk.send(work.lane, message, ranges_to_wire(span.data) + digests_to_wire(work.hashed.digests))
         work.asked.set()
         books.zero_bytes += span.zero_bytes
         books.compared_bytes += span.data_bytes

@@ -141,8 +141,8 @@ class TargetPass:
         question = question_from_wire(message, payload, self.source_size_bytes)
         if total_bytes(question.data) > MAX_SPAN_BYTES or message.superblock_bytes > self.buffers.buffer_bytes:
             raise PeerViolation(
-                f"a span with {total_bytes(question.data)} bytes of data in superblocks of {message.superblock_bytes} at "
-                f"offset {message.offset_bytes}; this agent compares {MAX_SPAN_BYTES} at once, in superblocks of "
+                f"a span with {total_bytes(question.data)} bytes of data in superblocks of {message.superblock_bytes} "
+                f"at offset {message.offset_bytes}; this agent compares {MAX_SPAN_BYTES} at once, in superblocks of "
                 f"{self.buffers.buffer_bytes}"
             )
         self._coverage.claim(message.offset_bytes, message.length_bytes)

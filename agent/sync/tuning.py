@@ -19,7 +19,7 @@ INTERVAL_S = 0.1
 """How often compression is looked at: some frames of the slowest link, and soon enough for a pass of a second."""
 
 QUIET_SHARE = 1 / 64
-"""Data that differs, of what was compared lately, below which spans are skimmed: what differs of those is read twice."""
+"""Share of differing data, of what was compared lately, below which spans are skimmed: what differs is read twice."""
 QUIET_AFTER_BYTES = 64 << 20
 """Compared before a pass without a past may call a disk quiet."""
 _MEMORY_BYTES = 128 << 20  # of compared data after which what was seen counts by 1/e

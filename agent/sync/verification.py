@@ -100,7 +100,7 @@ def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview) ->
             piece = whole[offsets[index] - first : ends[index] - first]
             if blake3(piece).digest() != proofs[index * PROOF_BYTES : (index + 1) * PROOF_BYTES]:
                 raise _difference(disk, offsets[index], piece.nbytes)
-    return sum(ends) - sum(offsets)
+    return int(sum(ends) - sum(offsets))
 
 
 def _groups(offsets: list[int], ends: list[int]) -> list[tuple[int, int]]:

@@ -85,9 +85,7 @@ def test_the_target_ends_equal_and_no_equal_block_is_sent(
     equal_before = _equal_blocks(source, target)
 
     run = trio.run(
-        functools.partial(
-            run_pass, source, target, batch_bytes=8 * BLOCK_BYTES, granularity=granularity, lanes=lanes
-        )
+        functools.partial(run_pass, source, target, batch_bytes=8 * BLOCK_BYTES, granularity=granularity, lanes=lanes)
     )
 
     assert run.source_failure is None

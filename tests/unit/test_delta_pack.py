@@ -13,7 +13,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from agent.delta import pack as pack_module
-from agent.delta.blocks import BLOCK_BYTES, Ranges, split_blocks, to_ranges
+from agent.delta.blocks import BLOCK_BYTES, Ranges, split, to_ranges
 from agent.delta.compression import Choice
 from agent.delta.pack import Codec, Packed, Packer, Unpacker
 from agent.delta.zeroes import is_zero, split_zeroes
@@ -403,7 +403,7 @@ def test_a_frame_that_lies_about_its_size_is_refused() -> None:
 
 def blocks_of(content: bytes) -> Packed:
     """A raw frame with a range for each block."""
-    ranges = split_blocks(to_ranges([(B, len(content))]))
+    ranges = split(to_ranges([(B, len(content))]))
     starts: NDArray[np.uint64] = ranges[:, 0] - np.uint64(B)
     proofs = b"".join(blake3(content[start : start + B]).digest() for start in starts.tolist())
     return Packed(False, ranges, proofs, Codec.RAW, None, len(content), (content,))
