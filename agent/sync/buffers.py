@@ -8,10 +8,9 @@ import trio
 
 from agent.delta.blocks import BATCH_BYTES
 
-POOL_BUFFERS = 10
-"""Batches of a host that are in memory at once: at 8 MiB, what keeps two disks reading, comparing, packing and sending
-side by side, and what 100 ms of round trip hold back at 800 MB/s; the rest of an agent's 256 MiB is for what is on the
-wire."""
+POOL_BUFFERS = 5
+"""Batches of a host that are in memory at once. At 16 MiB each: two being read, one asked about, one packed, one sent;
+or what 100 ms of round trip hold back at 800 MB/s. The rest of an agent's 256 MiB is for what is on the wire."""
 
 
 class BufferPool:
