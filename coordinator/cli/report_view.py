@@ -182,6 +182,8 @@ def show_report(output: Output, report: ClosingReport) -> None:
 def _show_evidence(output: Output, report: ClosingReport) -> None:
     for words, targets in _by_reason((_evidence(line), line.original) for line in report.disks):
         output.say(f"Evidence for {targets}: {words}.")
+    for line in report.disks:
+        output.say(f"{human.step(line.pass_name)} of {line.original}: {_transfer(line)}.")
     if report.evidence:
         output.say(f"{report.evidence[:1].upper()}{report.evidence[1:].rstrip('.')}.")
 
@@ -190,6 +192,22 @@ def _evidence(line: DiskLine) -> str:
     read_back = "" if line.past_cache else "; the read-back went through the page cache"
     why = f"; no higher rung, because {line.why_not_higher.rstrip('.')}" if line.why_not_higher else ""
     return f"{human.rung(line.rung)}{why}{read_back}"
+
+
+def _transfer(line: DiskLine) -> str:
+    """How a disk's data travelled: what was read how, over how many connections, stored how."""
+    accesses = line.source_access
+    if line.target_access != accesses:
+        accesses = f"{accesses} at the source, {line.target_access} at the target"
+    words = f"read by {accesses}, {line.lanes} connection{'' if line.lanes == 1 else 's'}"
+    if not line.frames:
+        return f"{words}, no data sent"
+    count = sum(line.frames.values())
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(line.frames.items()))
+    return (
+        f"{words}, {human.size(line.changed_bytes)} in {count} frame{'' if count == 1 else 's'} ({kinds}), stored in "
+        f"{human.size(line.stored_bytes)}"
+    )
 
 
 def total_sent(report: ClosingReport) -> int:
