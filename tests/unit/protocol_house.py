@@ -19,7 +19,7 @@ from coordinator import pki
 from protocol.bulk_connection import BulkConnection
 from protocol.connection import Buffer, Connection, Received, Speaker
 from protocol.errors import PeerEnded
-from protocol.messages import BulkHello, BulkWelcome
+from protocol.messages import BulkHello, BulkWelcome, CompareSpan
 from protocol.tls import client_context, server_context
 
 MIB = 2**20
@@ -110,14 +110,29 @@ def deliver(buffers: list[Buffer], to: Connection) -> list[Received]:
     return events
 
 
-HELLO = BulkHello(versions=(1,), software="test", grant="00" * 16, target="vda", digest_seed=7)
+HELLO = BulkHello(versions=(2,), software="test", grant="00" * 16, target="vda", digest_seed=7)
 
 
-def open_bulk(window_bytes: int = 4 * MIB, ahead_bytes: int = 4 * MIB) -> tuple[BulkConnection, BulkConnection]:
+def span(batch: int, offset_bytes: int, length_bytes: int) -> tuple[CompareSpan, bytes]:
+    """A `CompareSpan` that is data from end to end and one block a superblock, without details; with its payload."""
+    message = CompareSpan(
+        batch=batch,
+        offset_bytes=offset_bytes,
+        length_bytes=length_bytes,
+        superblock_bytes=65536,
+        detail_bytes=65536,
+        count=1,
+    )
+    return message, ranges((offset_bytes, length_bytes)) + bytes(16 * -(-length_bytes // 65536))
+
+
+def open_bulk(
+    window_bytes: int = 4 * MIB, ahead_bytes: int = 4 * MIB, lanes: int = 2
+) -> tuple[BulkConnection, BulkConnection]:
     """Source and target, past the handshake."""
     source, target = BulkConnection(Speaker.CALLER), BulkConnection(Speaker.LISTENER)
     deliver(source.send(HELLO), target)
-    welcome = BulkWelcome(version=1, software="test", window_bytes=window_bytes, ahead_bytes=ahead_bytes)
+    welcome = BulkWelcome(version=2, software="test", window_bytes=window_bytes, ahead_bytes=ahead_bytes, lanes=lanes)
     deliver(target.send(welcome), source)
     return source, target
 
