@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -240,7 +241,7 @@ def test_a_target_that_breaks_a_rule_is_cut_off(message: BulkMessage, payload: b
         ({"lanes": limits.MAX_LANES + 1}, "lanes"),
     ],
 )
-def test_a_welcome_beyond_the_limits_is_refused(change: dict[str, int], why: str) -> None:
+def test_a_welcome_beyond_the_limits_is_refused(change: dict[str, Any], why: str) -> None:
     source = BulkConnection(Speaker.CALLER)
     source.send(HELLO)
     _violates(source, replace(BULK_WELCOME, **change), b"", why)
