@@ -15,7 +15,7 @@ import msgpack
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from protocol.bulk_connection import BulkConnection
+from protocol.bulk_connection import BulkConnection, superblock_count
 from protocol.codec import MESSAGES, Message, decode, encode
 from protocol.connection import Connection, ControlConnection, Speaker
 from protocol.errors import PeerViolation
@@ -277,6 +277,30 @@ def test_receiving_in_place_gives_what_feeding_gives(machine: Callable[[], Conne
     except PeerViolation as error:
         sentence = error.sentence
     assert (events, sentence) == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=6),
+    st.integers(0, 65535),
+    st.sampled_from([4096, 65536, 131072, MIB]),
+)
+def test_superblocks_are_counted_as_they_would_be_cut(
+    runs: list[tuple[int, int]], cut_off_bytes: int, superblock_bytes: int
+) -> None:
+    """`runs`: of blocks, each with the gap before it; the end of the last is cut off."""
+    offsets, lengths, end = [], [], 0
+    for gap, blocks in runs:
+        offsets.append(end + gap * 65536)
+        lengths.append(blocks * 65536)
+        end = offsets[-1] + lengths[-1]
+    lengths[-1] -= cut_off_bytes
+    pieces = 0
+    for offset, length in zip(offsets, lengths, strict=True):
+        at = offset
+        while at < offset + length:
+            at = (at // superblock_bytes + 1) * superblock_bytes
+            pieces += 1
+    assert superblock_count(offsets, lengths, superblock_bytes) == pieces
 
 
 @given(st.lists(messages_of(RunPass), min_size=1, max_size=10), st.lists(st.integers(0, 4000), max_size=10))
