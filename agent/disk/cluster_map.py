@@ -52,7 +52,7 @@ class ClusterMap:
         self._asking = threading.Lock()
         self._next_bytes = FIRST_WINDOW_BYTES
         self._windows: list[Window] = []  # the one used last stands last
-        self.calls = 0
+        self.questions = 0
         """How often qemu-img was asked."""
 
     def pieces(self, offset_bytes: int, length_bytes: int) -> Iterator[Piece]:
@@ -82,7 +82,7 @@ class ClusterMap:
     def _ask(self, start: int) -> Window:
         length = min(self._next_bytes, self._size_bytes - start)
         command = ["qemu-img", "map", "--output=json", f"--start-offset={start}", f"--max-length={length}"]
-        self.calls += 1
+        self.questions += 1
         text, complete = run_bounded([*command, "--image-opts", self._options], TEXT_BYTES, self._given_up)
         try:
             window = window_of(text, start, start + length, complete=complete, files=self._files)

@@ -98,6 +98,11 @@ class MappedDisk:
         return "cluster map" if self._served is None else "cluster map, and NBD for compressed clusters"
 
     @property
+    def questions(self) -> int:
+        """How often qemu-img was asked for a window of the map."""
+        return self._map.questions
+
+    @property
     def reads_back_past_cache(self) -> bool:
         return all(file.reads_past_cache for file in self._files)
 
