@@ -121,7 +121,7 @@ class SourcePass:
         talk: the connections, welcomed already; no more join.
         seed: the seed of this pass's digests.
         ahead_bytes: how much may be asked about and not answered on each connection, as the welcomes say.
-        buffers: the host's batch buffers.
+        buffers: the host's for what is sent, a batch each.
         limits: what may be sent and read in a second.
         tuning: chooses granularity and compression while the pass runs.
     """

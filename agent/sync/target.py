@@ -69,7 +69,7 @@ class TargetPass:
         source_size_bytes, target_size_bytes: as granted; what the target has more is zeroed.
         talk: the connections that came so far; more may `join`.
         seed: the seed of this pass's digests.
-        buffers: the host's batch buffers.
+        buffers: the host's for what is received.
         limits: what may be read in a second.
         before_first_write: awaited once before anything is written: marks the original torn.
     """
