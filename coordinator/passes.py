@@ -13,6 +13,7 @@ from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import RunContext
 from coordinator.errors import CoordinatorError, DatabaseError
 from coordinator.events import Progressed
+from coordinator.limits import follow_limits, read_limits
 from coordinator.progress import Progress, ProgressMeter
 from coordinator.records import DiskSizes, PassRecord, SurveyRecord
 from protocol.messages import (
@@ -104,14 +105,26 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
             pictures.send_nowait(picture)
 
     address, port = context.directory.bulk_endpoint(context.pair.original.host)
-    receive = RunPass(order=context.order, grant=grant, peer_name="", peer_host="", peer_port=0)
+    limits = await context.store.read(lambda connection: read_limits(connection, context.run.id))
+    receive = RunPass(
+        order=context.order,
+        grant=grant,
+        peer_name="",
+        peer_host="",
+        peer_port=0,
+        limit_network=limits.network_bytes_s,
+        limit_read=limits.read_bytes_s,
+    )
     send = RunPass(
         order=context.order,
         grant=grant,
         peer_name=context.pair.original.host,
         peer_host=address,
         peer_port=port or survey.bulk_port,
+        limit_network=limits.network_bytes_s,
+        limit_read=limits.read_bytes_s,
     )
+    following = trio.CancelScope()
 
     async def side(direction: Direction) -> None:
         receives = direction is Direction.RECEIVE
@@ -129,6 +142,11 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
         finally:
             if len(reports) + len(failures) == len(Direction):
                 pictures.close()
+                following.cancel()
+
+    async def follow() -> None:
+        with following:
+            await follow_limits(context)
 
     try:
         async with trio.open_nursery() as nursery:
@@ -142,6 +160,7 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
                 failures.append(error)
                 nursery.cancel_scope.cancel()
             nursery.start_soon(side, Direction.SEND)
+            nursery.start_soon(follow)
     finally:
         with trio.CancelScope(shield=True), suppress(DatabaseError):
             await context.store.write(lambda connection: journal.clear_progress(connection, context.pair.name))

@@ -90,10 +90,10 @@ def test_a_request_is_claimed_once_and_answered_once(database: Database) -> None
     with database.transaction() as connection:
         asked = journal.ask(connection, pair="web", run="r1", verb="cancel", actor="me", at_s=1.0)
     with database.transaction() as connection:
-        claimed = journal.claim(connection, "web", "r1")
+        claimed = journal.claim(connection, "web", "r1", "cancel")
         assert claimed is not None
         assert (claimed.id, claimed.verb, claimed.claimed) == (asked, "cancel", True)
-        assert journal.claim(connection, "web", "r1") is None
+        assert journal.claim(connection, "web", "r1", "cancel") is None
         journal.answer(connection, asked, "done")
         journal.answer(connection, asked, "done twice")
         assert journal.get_request(connection, asked).answer == "done"
@@ -102,7 +102,7 @@ def test_a_request_is_claimed_once_and_answered_once(database: Database) -> None
 def test_a_request_to_another_run_is_not_claimed(database: Database) -> None:
     with database.transaction() as connection:
         journal.ask(connection, pair="web", run="r0", verb="cancel", actor="me", at_s=1.0)
-        assert journal.claim(connection, "web", "r1") is None
+        assert journal.claim(connection, "web", "r1", "cancel") is None
 
 
 def test_only_the_latest_progress_is_kept(database: Database) -> None:
