@@ -12,7 +12,7 @@ from coordinator import journal, registry
 from coordinator.database import Database
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import UsageError, WrongState
-from coordinator.model import Newest, OperatorCall, OriginalFlag, RunOptions, ShutdownPolicy, State
+from coordinator.model import Newest, OperatorCall, OriginalFlag, RunLimits, RunOptions, ShutdownPolicy, State
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.plain import from_json, to_json
 from coordinator.progress import ProgressMeter
@@ -196,3 +196,7 @@ def test_one_process_holds_a_pair(tmp_path: Path) -> None:
         assert is_locked(tmp_path, "web")
         assert not is_locked(tmp_path, "mail")
     assert not is_locked(tmp_path, "web")
+
+
+def test_options_of_a_run_from_before_there_were_limits_are_read() -> None:
+    assert from_json('{"power_on":false}', RunOptions) == RunOptions(power_on=False, limits=RunLimits())

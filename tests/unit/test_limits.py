@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import trio
 
+from coordinator import registry
+from coordinator.database import Database
 from coordinator.errors import AgentRefused, WrongState
 from coordinator.events import Event, Notice, Outcome
 from coordinator.model import MAX_RATE_BYTES_S, MIN_RATE_BYTES_S, Rate, RunLimits, RunOptions, State
+from coordinator.registry import Superseded
 from coordinator.runs import Coordinator
-from protocol.messages import Request, RunPass, SetLimits
+from protocol.messages import Protect, Request, RunPass, SetLimits
 from tests.unit.coordinator_house import PAIR, House
 
 MB = 1_000_000
@@ -34,6 +37,7 @@ class Held:
     def __init__(self, house: House, number: int = 1) -> None:
         self.reached, self._number, self._seen = trio.Event(), number, 0
         self.outcome: Outcome | None = None
+        self.superseded = False
         self.events: list[Event] = []
         self._world = house.world
         house.world.pass_hold = trio.Event()
@@ -53,7 +57,10 @@ class Held:
         self._world.pass_hold.set()
 
     async def work(self, coordinator: Coordinator) -> None:
-        self.outcome = await coordinator.execute_run(PAIR, observer=self.events.append)
+        try:
+            self.outcome = await coordinator.execute_run(PAIR, observer=self.events.append)
+        except Superseded:
+            self.superseded = True
 
 
 @asynccontextmanager
@@ -194,3 +201,38 @@ async def test_where_no_pass_may_come_a_change_is_refused_with_what_the_state_al
 def test_a_rate_out_of_bounds_cannot_be_made(bytes_s: int) -> None:
     with pytest.raises(ValueError, match="at least 100kB/s and at most 1TB/s"):
         Rate(bytes_s)
+
+
+async def test_a_change_between_two_passes_is_not_answered_as_if_it_were_a_cancel(house: House) -> None:
+    asked: list[str] = []
+
+    async with house.process() as coordinator:
+        await coordinator.start_run(PAIR, SLOW)
+        async with trio.open_nursery() as nursery:
+
+            async def change() -> None:
+                outcome = await coordinator.set_limits(PAIR, network=Rate(7 * MB))
+                asked.append(outcome.sentence)
+
+            def before_the_snapshot(_host: str, request: Request, moment: str) -> None:
+                if isinstance(request, Protect) and moment == "before":
+                    nursery.start_soon(change)
+
+            house.world.fault = before_the_snapshot
+            assert (await coordinator.execute_run(PAIR)).state is State.FAILBACK
+    assert len(asked) == 1
+    assert "switchover" not in asked[0]
+    assert passes(house)[-1][1] == (7 * MB, 200 * MB)
+
+
+async def test_a_process_that_was_superseded_leaves_changes_to_the_one_that_works(house: House) -> None:
+    async with held_run(house, SLOW) as (coordinator, held):
+        database = Database.open(house.config.database)
+        with database.transaction() as connection:
+            registry.raise_epoch(connection, PAIR)
+        database.close()
+        outcome = await coordinator.set_limits(PAIR, network=Rate(7 * MB), wait_s=1.0)
+        assert "has not taken them up yet" in outcome.sentence
+        assert not any(isinstance(event, Notice) for event in held.events)
+        assert not any(isinstance(order, SetLimits) for _, order in house.world.orders)
+    assert held.superseded
