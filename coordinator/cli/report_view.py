@@ -11,9 +11,9 @@ from coordinator.cli import human
 from coordinator.cli.output import Output, facts, table
 from coordinator.cli.run_view import bars, progress_line
 from coordinator.entries import EntryKind, JournalEntry, Phase
-from coordinator.model import OriginalFlag, Pair, Plan, Refusal, State, VmRef
+from coordinator.model import OriginalFlag, Pair, Plan, Refusal, RunLimits, State, VmRef
 from coordinator.reports import ClosingReport, DiskLine
-from coordinator.states import TABLE, allowed_verbs
+from coordinator.states import IN_PASSING, TABLE, allowed_verbs
 from coordinator.status import PairStatus
 
 STATE_STYLES = {
@@ -116,6 +116,8 @@ def show_status(output: Output, status: PairStatus) -> None:
         rows.append(
             ("Step", f"{'taking back: ' if status.undoing else ''}{status.step_sentence or status.step}{since}")
         )
+    if _unfinished(status) and status.limits != RunLimits():
+        rows.append(("Limits", status.limits.words))
     if status.last_failure:
         rows.append(("Last failure", status.last_failure))
     if status.downtime_s is not None:
@@ -136,7 +138,7 @@ def next_words(status: PairStatus) -> str:
         return f"`failback watch {pair}`" + (
             f" or `failback cancel {pair}`" if "cancel" in {verb.value for verb in allowed_verbs(status.pair)} else ""
         )
-    verbs = sorted(verb.value for verb in allowed_verbs(status.pair))
+    verbs = sorted(verb.value for verb in allowed_verbs(status.pair) - IN_PASSING)
     return " or ".join(f"`failback {verb} {pair}`" for verb in verbs) or "nothing"
 
 
