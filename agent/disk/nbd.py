@@ -306,6 +306,9 @@ class NbdDisk:
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         self.read_into(offset_bytes, buffer)
 
+    def read_back_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        self.read_runs(runs, buffer)
+
     def close(self) -> None:
         if self._gate.close():
             for connection in self._idle:
