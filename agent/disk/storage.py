@@ -13,8 +13,8 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from agent.disk.direct import DirectReader
@@ -76,16 +76,14 @@ class StorageFile:
 
     def read(self, offset_bytes: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset_bytes` on."""
-        end = offset_bytes + buffer.nbytes
-        missing = self._residency.missing(offset_bytes, end)
+        missing = self._residency.missing(offset_bytes, offset_bytes + buffer.nbytes)
         if missing:
             self._read_missing(offset_bytes, buffer, missing)
         else:
             self._read_through_cache(offset_bytes, buffer)
-        if end == self._size_bytes:
-            self._check_size()
+        self._check_end(offset_bytes + buffer.nbytes)
 
-    def read_parts(self, parts: Iterable[Part]) -> None:
+    def read_parts(self, parts: Sequence[Part]) -> None:
         """`read` for many places: what is not cached is under way together.
 
         Raises:
@@ -93,31 +91,29 @@ class StorageFile:
         """
         waiting: list[tuple[Part, list[Run]]] = []
         for part in parts:
-            try:
+            with _naming(part):
                 missing = self._residency.missing(part.place, part.place + part.buffer.nbytes)
                 if missing:
                     waiting.append((part, missing))
                 else:
-                    self.read(part.place, part.buffer)
-            except OSError as error:
-                raise RunFailed(error, part.offset_bytes, part.buffer.nbytes) from error
-        waiting.sort(key=lambda part: part[0].place)  # what lies together is asked for together
-        self._side_by_side.each(waiting, lambda job: self._read_part(*job))
+                    self._read_through_cache(part.place, part.buffer)
+        waiting.sort(key=lambda job: job[0].place)  # what lies together is asked for together
+        self._side_by_side.each(waiting, self._read_missing_part)
+        for part in parts:
+            with _naming(part):
+                self._check_end(part.place + part.buffer.nbytes)
 
-    def _read_part(self, part: Part, missing: list[Run]) -> None:
-        try:
+    def _read_missing_part(self, job: tuple[Part, list[Run]]) -> None:
+        part, missing = job
+        with _naming(part):
             self._read_missing(part.place, part.buffer, missing)
-            if part.place + part.buffer.nbytes == self._size_bytes:
-                self._check_size()
-        except OSError as error:
-            raise RunFailed(error, part.offset_bytes, part.buffer.nbytes) from error
-
-    def _priority(self) -> AbstractContextManager[None]:
-        return idle_priority() if self._idle else nullcontext()
 
     def _read_missing(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
         with self._priority():
             self._read_around(offset_bytes, buffer, missing)
+
+    def _priority(self) -> AbstractContextManager[None]:
+        return idle_priority() if self._idle else nullcontext()
 
     def _read_around(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
         """Read what is cached through the cache, and what is not past it."""
@@ -163,10 +159,8 @@ class StorageFile:
         """
 
         def read_part(part: Part) -> None:
-            try:
+            with _naming(part):
                 self.read_past_cache(part.place, part.buffer)
-            except OSError as error:
-                raise RunFailed(error, part.offset_bytes, part.buffer.nbytes) from error
 
         self._side_by_side.each(sorted(parts, key=lambda part: part.place), read_part)
 
@@ -205,7 +199,10 @@ class StorageFile:
         for first, behind in runs:
             os.posix_fadvise(self.fd, first, behind - first, os.POSIX_FADV_DONTNEED)
 
-    def _check_size(self) -> None:
+    def _check_end(self, end: int) -> None:
+        """Whether a disk that was read to its end still ends there."""
+        if end != self._size_bytes:
+            return
         size = block_device_size_bytes(self.fd) if self._is_device else os.fstat(self.fd).st_size
         if size != self._size_bytes:
             how = "larger" if size > self._size_bytes else "smaller"
@@ -217,6 +214,14 @@ class StorageFile:
         if self._direct is not None:
             self._direct.close()
         os.close(self.fd)
+
+
+@contextmanager
+def _naming(part: Part) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(error, part.offset_bytes, part.buffer.nbytes) from error
 
 
 def _joined(runs: list[Run]) -> list[Run]:
