@@ -22,7 +22,7 @@ class SideBySide:
         self._starting = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
-    def each(self, jobs: Sequence[Job], do: Callable[[Job], None]) -> None:
+    def each(self, jobs: Sequence[Job], do: Callable[[Job], object]) -> None:
         """Do all jobs, in no particular order.
 
         Raises:
