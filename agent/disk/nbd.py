@@ -51,6 +51,13 @@ def _parts(runs: Iterable[Run]) -> Iterator[_Part]:
             at += length
 
 
+def _require_writable(name: str, where: str, connection: Connection) -> None:
+    if connection.handle.is_read_only():
+        raise storage_error(name, where, "opening for writing", 0, "the server offers it for reading only")
+    if not connection.handle.can_flush():
+        raise storage_error(name, where, "opening for writing", 0, "the server cannot flush")
+
+
 class NbdDisk:
     """A `Disk` over NBD; open it with `NbdDisk.open`.
 
@@ -124,10 +131,8 @@ class NbdDisk:
             raise storage_error(name, where, "connecting", error.errno or 0, error.strerror or "") from error
         try:
             size_bytes = int(first.handle.get_size())
-            if writable and first.handle.is_read_only():
-                raise storage_error(name, where, "opening for writing", 0, "the server offers it for reading only")
-            if writable and not first.handle.can_flush():
-                raise storage_error(name, where, "opening for writing", 0, "the server cannot flush")
+            if writable:
+                _require_writable(name, where, first)
             if writable and not first.handle.can_multi_conn():
                 connections = 1
             gate = Gate(name, where, size_bytes, writable=writable)
