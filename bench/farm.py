@@ -91,9 +91,7 @@ class Farm:
 
     def failback(self, *words: str) -> dict[str, Any]:
         """Run a verb that must succeed; its JSON object."""
-        answer: dict[str, Any] = json.loads(
-            self.coordinator.must("--json", *words, timeout_s=VERB_TIMEOUT_S).output
-        )
+        answer: dict[str, Any] = json.loads(self.coordinator.must("--json", *words, timeout_s=VERB_TIMEOUT_S).output)
         return answer
 
     def run_pass(self, pair: str, *options: str) -> Pass:

@@ -65,7 +65,7 @@ def limit_options(farm: Farm) -> tuple[str, ...]:
 
 
 def wire_vs_zstd(settings: Settings) -> Result:
-    """Bytes at the network card, both directions, of a pass limited to 1 Gbit/s ÷ zstd -3 of the changed 4 KiB pages."""
+    """Bytes at the network card, both ways, of a pass limited to 1 Gbit/s ÷ zstd -3 of the changed 4 KiB pages."""
     source = make_image(settings.folder / "source.raw", settings.size_bytes(8))
     ours = source.copy_to(settings.folder / "ours.raw")
     runs: list[Run] = []
@@ -148,8 +148,8 @@ def wan_use(settings: Settings) -> Result:
 
 @contextlib.contextmanager
 def _far_away() -> Iterator[Link]:
-    """A gigabit link, a sink for plain streams, and delaying proxies at the source in front of the sink and of the target
-    agent's bulk port."""
+    """A gigabit link, a sink for plain streams, and delaying proxies at the source in front of the sink and of the
+    target agent's bulk port."""
     with contextlib.ExitStack() as stack:
         link = stack.enter_context(open_link(GIGABIT))
         address, inside = link.target.address, link.source.inside()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 NOISY_SPREAD = 0.20
-"""Quartiles of the limit further apart than this share of its median: the machine was not quiet enough to believe it."""
+"""Quartiles of the limit further apart than this share of its median: the machine was not quiet enough."""
 
 Better = Literal["lower", "higher"]
 Run = dict[str, object]

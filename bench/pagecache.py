@@ -57,7 +57,7 @@ def resident_share(path: Path) -> float:
     """
     words = ["fincore", "--bytes", "--noheadings", "--raw", "--output", "RES", str(path)]
     resident = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    stored = os.stat(path).st_blocks * 512
+    stored = path.stat().st_blocks * 512
     return min(1.0, resident / stored) if stored else 0.0
 
 

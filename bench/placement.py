@@ -1,7 +1,7 @@
 """Changing an image in place: where a guest's bytes lie in a raw or a closed qcow2 file, and writing them there.
 
-In-place writes to clusters that exist already change neither a qcow2 image's tables nor anything a running QEMU holds in
-memory, so that even the image of a VM that runs (and writes nothing itself) can be given other content.
+In-place writes to clusters that exist already change neither a qcow2 image's tables nor anything a running QEMU holds
+in memory, so that even the image of a VM that runs (and writes nothing itself) can be given other content.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The limit: processes that do nothing but read what images store, side by side, as fast as this machine lets them.
 
-As a command it is one such process: ``python -m bench.readers PATH REQUEST_BYTES THREADS buffered|direct`` reads once for
-each line on its standard input and answers ``done BYTES``.
+As a command it is one such process: ``python -m bench.readers PATH REQUEST_BYTES THREADS buffered|direct`` reads once
+for each line on its standard input and answers ``done BYTES``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A plain TCP stream: what a link carries when nothing is in the way.
 
-As a command: ``python -m bench.stream sink ADDRESS PORT`` swallows connections, one after the other, and answers each with
-a byte when the sender has ended; ``python -m bench.stream send ADDRESS PORT BYTES`` prints the seconds until that byte.
+As a command: ``python -m bench.stream sink ADDRESS PORT`` swallows connections, one after the other, and answers each
+with a byte when the sender has ended; ``python -m bench.stream send ADDRESS PORT BYTES`` prints the seconds until that
+byte.
 """
 
 from __future__ import annotations
