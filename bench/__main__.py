@@ -17,7 +17,7 @@ from bench import machine
 from bench.benchmark import Settings
 from bench.catalog import BENCHMARKS
 from bench.farm import say
-from bench.measure import judged
+from bench.measure import failed, judged
 from tests.lab import reaper
 
 
@@ -36,7 +36,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     with own_folder() as folder:
         settings = Settings(folder, arguments.size_gib, arguments.rounds, arguments.dense_gib)
-        result = benchmark.run(settings)
+        try:
+            result = benchmark.run(settings)
+        except (Exception, SystemExit) as error:
+            if arguments.json:
+                print(json.dumps(failed(benchmark.name, benchmark.target, error)))
+            raise
     found = judged(benchmark.name, benchmark.target, result, machine.describe())
     if arguments.json:
         print(json.dumps(found))

@@ -10,6 +10,8 @@ from typing import Literal
 NOISY_SPREAD = 0.20
 """Quartiles of the limit further apart than this share of its median: the machine was not quiet enough."""
 
+ERROR_CHARACTERS = 500
+
 Better = Literal["lower", "higher"]
 Run = dict[str, object]
 """One round's numbers by name, units last (``ours_s``, ``wire_bytes``); plain values for JSON."""
@@ -114,6 +116,13 @@ def with_ratios(runs: Sequence[Run], above: str, below: str) -> list[Run]:
 def is_noisy(limit: Sequence[float]) -> bool:
     """Whether the limit, measured in the same rounds, moved too much for its ratio to be believed."""
     return quartiles(limit).spread > NOISY_SPREAD
+
+
+def failed(name: str, target: Target | None, error: BaseException) -> dict[str, object]:
+    """The JSON object of a benchmark that came to no result: no ratio, its target missed, and why."""
+    aimed_at = None if target is None else target.value
+    found: dict[str, object] = {"name": name, "ratio": None, "target": aimed_at, "met": False, "runs": []}
+    return {**found, "error": (str(error) or type(error).__name__)[:ERROR_CHARACTERS]}
 
 
 def judged(name: str, target: Target | None, result: Result, machine: Mapping[str, object]) -> dict[str, object]:

@@ -79,7 +79,12 @@ def open_readers(paths: Sequence[Path], way: Way) -> Iterator[Readers]:
             words = [sys.executable, "-m", "bench.readers", str(path), str(way.request_bytes), str(way.threads), kind]
             processes.append(
                 subprocess.Popen(
-                    words, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    words,
+                    cwd=Path(__file__).parents[1],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # a terminal's Ctrl-C is for the benchmark, which ends them itself
                 )
             )
         for process in processes:

@@ -21,6 +21,7 @@ from bench.farm import say
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_FOLDER = REPOSITORY / "bench/report"
+TAKES_DOWN_WITHIN_S = 60.0
 Found = dict[str, object]
 
 
@@ -28,11 +29,16 @@ def run_one(name: str, options: Sequence[str]) -> Found:
     """One benchmark's JSON object, or one with ``error`` where it failed. Progress goes to standard error."""
     started = time.monotonic()
     words = [sys.executable, "-m", "bench", name, "--json", *options]
-    done = subprocess.run(words, cwd=REPOSITORY, check=False, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.wait(TAKES_DOWN_WITHIN_S)  # it was told too, and has guests and files to take down
+            raise
     seconds = round(time.monotonic() - started, 1)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return {"name": name, "error": f"ended with exit code {done.returncode}", "took_s": seconds}
+    lines = output.splitlines()
+    if not lines:
+        return {"name": name, "error": f"ended with exit code {process.returncode}", "took_s": seconds}
     found: Found = json.loads(lines[-1])
     return {**found, "took_s": seconds}
 
@@ -67,7 +73,7 @@ def markdown(
 
 def _row(found: Found) -> str:
     if "error" in found:
-        return f"| `{found['name']}` | failed: {found['error']} | | | | | {found['took_s']} s |"
+        return f"| `{found['name']}` | failed, see below | | | | | {found['took_s']} s |"
     sign = {"lower": "≤ ", "higher": "≥ "}.get(str(found["better"]), "")
     met = "" if found["met"] is None else "yes" if found["met"] else "**no**"
     noisy = "" if "noisy" not in found else "yes" if found["noisy"] else "no"
@@ -79,7 +85,7 @@ def _row(found: Found) -> str:
 
 def _details(found: Found) -> list[str]:
     if "error" in found:
-        return [f"Failed: {found['error']}."]
+        return ["Failed:", "", "```text", str(found["error"]), "```"]
     shown = {
         "name",
         "ratio",

@@ -33,6 +33,7 @@ def running(words: Sequence[str], prefix: Sequence[str]) -> Iterator[subprocess.
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a terminal's Ctrl-C is for the benchmark, which ends its processes itself
     )
     try:
         assert process.stdout is not None

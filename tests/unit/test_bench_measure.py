@@ -11,6 +11,7 @@ from bench.measure import (
     Result,
     Run,
     Target,
+    failed,
     is_noisy,
     judged,
     quartiles,
@@ -82,3 +83,10 @@ def test_measure_without_target_is_neither_met_nor_missed() -> None:
     assert found["target"] is None
     assert found["met"] is None
     assert "noisy" not in found
+
+
+def test_failure_is_a_missed_target_with_its_reason() -> None:
+    found = failed("name", Target(value=0.2), SystemExit("the target does not equal the source"))
+    assert found["met"] is False
+    assert found["ratio"] is None
+    assert found["error"] == "the target does not equal the source"

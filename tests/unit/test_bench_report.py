@@ -63,7 +63,8 @@ def test_page_says_what_was_measured_missed_noisy_and_failed() -> None:
     failed: dict[str, object] = {"name": "memory", "error": "ended with exit code 1", "took_s": 3.0}
     page = markdown([FOUND, failed], what="abc", when="today", about={"cores": 2}, plots=["targets.png"])
     assert "| `compare-vs-rsync` | 0.25 | ≤ 0.2 | **no** | yes | 1 | 12.0 s |" in page
-    assert "| `memory` | failed: ended with exit code 1 |" in page
+    assert "| `memory` | failed, see below |" in page
+    assert "ended with exit code 1" in page
     assert "| 1.235 | 0.25 |" in page
     assert "![targets](targets.png)" in page
 
