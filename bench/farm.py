@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.network import Link
 from bench.placement import Image
+from bench.ports import free_ports
 from tests.lab import console
 from tests.lab.agent_process import PROGRAM as AGENT
 from tests.lab.agent_process import AgentProcess
@@ -26,7 +27,8 @@ from tests.lab.guest import Guest, build_guest
 from tests.lab.pki import LabPki
 
 REPOSITORY = Path(__file__).parents[1]
-FIRST_PORT = 9870
+CONTROL_PORT, BULK_PORT = 9860, 9861
+"""Of an agent that has a network of its own; on loopback any that are free."""
 HOSTS = ("prod", "dr")
 VERB_TIMEOUT_S = 3600.0
 
@@ -71,14 +73,12 @@ class Shape:
         link: the agents are at its two ends, the coordinator beside it; on this machine's loopback when None.
         bulk_endpoint: address and port by which the source reaches the target's bulk port, where not directly.
         agents: what to run as the agent (words before ``--config``) by host; the installed agent when it is missing.
-        ports: first of the four TCP ports on loopback, for farms that are open at the same time.
     """
 
     running: bool = False
     link: Link | None = None
     bulk_endpoint: tuple[str, int] | None = None
     agents: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    ports: int = FIRST_PORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +129,11 @@ def open_farm(folder: Path, pairs: Sequence[PairSpec], shape: Shape | None = Non
     pki = LabPki(folder / "pki")
     with contextlib.ExitStack() as stack:
         agents: dict[str, AgentProcess] = {}
-        for number, name in enumerate(HOSTS):
+        for name in HOSTS:
             root = _root(folder / name)
             stack.callback(end_guests, root)
             _define(root, name, pairs, guest, running=shape.running)
-            agents[name] = stack.enter_context(_agent(folder, name, number, pki, root, shape))
+            agents[name] = stack.enter_context(_agent(folder, name, pki, root, shape))
         for root in (folder / name for name in HOSTS):
             _remember_capabilities(root)
         endpoints = {"prod": shape.bulk_endpoint} if shape.bulk_endpoint else {}
@@ -184,20 +184,23 @@ def _define(root: Path, host_name: str, pairs: Sequence[PairSpec], guest: Guest,
                     console.wait_ready(log)
 
 
-def _agent(folder: Path, name: str, number: int, pki: LabPki, root: Path, shape: Shape) -> AgentProcess:
+def _agent(folder: Path, name: str, pki: LabPki, root: Path, shape: Shape) -> AgentProcess:
     program = list(shape.agents.get(name, (str(AGENT),)))
-    listen, port = "127.0.0.1", shape.ports + 2 * number
-    if shape.link is not None:
+    listen = "127.0.0.1"
+    if shape.link is None:
+        control_port, bulk_port = free_ports(2)
+    else:
         end = shape.link.target if name == "prod" else shape.link.source
         program, listen = [*end.inside(), *program], end.address
+        control_port, bulk_port = CONTROL_PORT, BULK_PORT
     return AgentProcess(
         name,
         folder / f"{name}-agent",
         pki.agent(name),
         uri=f"qemu:///embed?root={root}",
         listen=listen,
-        control_port=port,
-        bulk_port=port + 1,
+        control_port=control_port,
+        bulk_port=bulk_port,
         program=program,
         environment={"PYTHONPATH": str(REPOSITORY)},
     )

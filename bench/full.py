@@ -9,15 +9,15 @@ from pathlib import Path
 
 from bench import pagecache
 from bench.benchmark import Settings, describe_image, empty_like, empty_pass, make_image
-from bench.farm import FIRST_PORT, PairSpec, Shape, open_farm
+from bench.farm import PairSpec, Shape, open_farm
 from bench.measure import Result, Run, ratio_of_medians, with_ratios
 from bench.peers import NbdTls, nbdcopy_s, served
 from bench.placement import Image, assert_same, empty
+from bench.ports import free_ports
 from bench.variants import program
 
 PAIR = "bench"
 TMPFS = Path("/dev/shm")
-NBD_PORTS = (9895, 9896)
 
 
 def full_vs_nbdcopy(settings: Settings) -> Result:
@@ -40,12 +40,13 @@ def _measure(settings: Settings, source: Image, targets: Mapping[str, Image]) ->
     tls = NbdTls.make(settings.folder / "tls")
     sources = {"proven": source, "unproven": source.copy_to(settings.folder / "other-source.raw")}
     specs = {name: [PairSpec(PAIR, (targets[name],), (image,))] for name, image in sources.items()}
-    unproven = Shape(agents={"prod": program("unproven")}, ports=FIRST_PORT + 10)
+    source_port, target_port = free_ports(2)
+    unproven = Shape(agents={"prod": program("unproven")})
     with (
         open_farm(settings.folder / "farm-proven", specs["proven"]) as proven_farm,
         open_farm(settings.folder / "farm-unproven", specs["unproven"], unproven) as unproven_farm,
-        served(source.path, "raw", port=NBD_PORTS[0], writable=False, tls=tls) as source_uri,
-        served(targets["nbdcopy"].path, "raw", port=NBD_PORTS[1], writable=True, tls=tls) as target_uri,
+        served(source.path, "raw", port=source_port, writable=False, tls=tls) as source_uri,
+        served(targets["nbdcopy"].path, "raw", port=target_port, writable=True, tls=tls) as target_uri,
     ):
         for number in settings.count():
             pagecache.warm(image.path for image in sources.values())

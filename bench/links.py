@@ -20,7 +20,7 @@ from bench.benchmark import (
     random_image,
     refill,
 )
-from bench.farm import FIRST_PORT, Farm, PairSpec, Shape, open_farm
+from bench.farm import BULK_PORT, Farm, PairSpec, Shape, open_farm
 from bench.images import PAGE_BYTES
 from bench.measure import Result, Run, column, is_noisy, median_of, ratio_of_medians, with_ratios
 from bench.network import GIGABIT, Link, open_link
@@ -154,7 +154,7 @@ def _far_away() -> Iterator[Link]:
         link = stack.enter_context(open_link(GIGABIT))
         address, inside = link.target.address, link.source.inside()
         stack.enter_context(running(["bench.stream", "sink", address, str(PORT)], link.target.inside()))
-        for port, behind in ((PROXY_PORT, FIRST_PORT + 1), (STREAM_PROXY_PORT, PORT)):
+        for port, behind in ((PROXY_PORT, BULK_PORT), (STREAM_PROXY_PORT, PORT)):
             words = ["bench.delay_proxy", str(port), address, str(behind), str(ONE_WAY_MS)]
             stack.enter_context(running(words, inside))
         yield link

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from bench.benchmark import GIB, Settings
 from bench.measure import Result, Run, column, is_noisy, ratio_of_medians, with_ratios
+from bench.ports import free_ports
 from bench.stream import running
 from protocol.bulk import accept_bulk, connect_bulk
 from protocol.messages import BlockData, Codec, Credit
 from protocol.tls import certificate_fingerprint, client_context, server_context
 from tests.lab.pki import LabPki
 
-PORTS = {"ours": 9893, "plain": 9894}
+KINDS = ("ours", "plain")
 MESSAGE_BYTES = 1 << 20
 WINDOW_BYTES = 32 << 20
 PROOF_BYTES = 32  # nobody checks it here: this is about the connection
@@ -38,7 +39,7 @@ def tls_vs_blocking(settings: Settings) -> Result:
     size = settings.size_bytes(4)
     runs: list[Run] = []
     for number in settings.count():
-        run: Run = {f"{kind}_gb_per_s": round(size / 1e9 / _once(kind, settings, size), 4) for kind in PORTS}
+        run: Run = {f"{kind}_gb_per_s": round(size / 1e9 / _once(kind, settings, size), 4) for kind in KINDS}
         if number:
             runs.append(run)
     return Result(
@@ -51,7 +52,7 @@ def tls_vs_blocking(settings: Settings) -> Result:
 
 
 def _once(kind: str, settings: Settings, size_bytes: int) -> float:
-    words = [kind, str(settings.folder / "pki"), str(PORTS[kind]), str(size_bytes)]
+    words = [kind, str(settings.folder / "pki"), str(free_ports(1)[0]), str(size_bytes)]
     with running(["bench.tls", "sink", *words], ()):
         sender = [sys.executable, "-m", "bench.tls", "send", *words]
         done = subprocess.run(sender, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
