@@ -28,7 +28,7 @@ UNIT_BYTES = 16 << 20
 """Sizes of images are multiples of this."""
 
 FREE_SHARE = 0.32
-"""Share of the disk that holds nothing: 5.7 GB of data on 8 GiB."""
+"""Share of the disk that holds nothing: 5.9 GB of data on 8 GiB."""
 DATABASE_SHARE = 0.15
 """Share of the data that is one database file: what a server writes to all day."""
 
