@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -32,6 +32,16 @@ class GeneratedDisk:
         self._written: set[int] = set()
         random = np.random.default_rng(1).integers(0, 256, size=TEMPLATE_BLOCKS * BLOCK_BYTES, dtype=np.uint8)
         self._template = random.reshape(TEMPLATE_BLOCKS, BLOCK_BYTES)
+
+    @property
+    def access(self) -> str:
+        """For reports."""
+        return "generator"
+
+    @property
+    def readers(self) -> int:
+        """Making bytes up takes a processor."""
+        return 2
 
     @property
     def reads_back_past_cache(self) -> bool:
@@ -77,6 +87,20 @@ class GeneratedDisk:
         with self._lock:
             self._written.update(range(first, last + 1))
 
+    def read_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Make many runs up, end to end."""
+        at = 0
+        for offset, length in runs:
+            self.read_into(offset, buffer[at : at + length])
+            at += length
+
+    def write_runs(self, runs: Sequence[tuple[int, int]], data: memoryview) -> None:
+        """Remember which blocks of many runs now hold what the source has."""
+        at = 0
+        for offset, length in runs:
+            self.write(offset, data[at : at + length])
+            at += length
+
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         """Nothing on the source is zero, so that nobody may ask for it."""
         raise DiskError(f"Disk {self.name}: nothing of a generated disk is zero.", disk=self.name)
@@ -92,6 +116,10 @@ class GeneratedDisk:
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         """As `read_into`."""
         self.read_into(offset_bytes, buffer)
+
+    def read_back_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """As `read_runs`."""
+        self.read_runs(runs, buffer)
 
     def close(self) -> None:
         """Nothing is open."""
