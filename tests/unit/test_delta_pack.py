@@ -1,4 +1,4 @@
-"""Zeroes, frames and their opening, by values."""
+"""Frames and their opening, by values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from agent.delta import pack as pack_module
 from agent.delta.blocks import BLOCK_BYTES, Ranges, split, to_ranges
 from agent.delta.compression import Choice
 from agent.delta.pack import Codec, Packed, Packer, Unpacker
-from agent.delta.zeroes import is_zero, split_zeroes
 from agent.errors import DamagedFrame
 
 B = BLOCK_BYTES
@@ -57,54 +56,6 @@ def unpack(packed: Packed, payload: bytes | None = None, ranges: Ranges | None =
         packed.ranges if ranges is None else ranges,
         memoryview(packed.proofs),
     )
-
-
-# --- zeroes -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 4096, B, B + 3])
-def test_only_a_block_of_zeroes_is_zero(length: int) -> None:
-    block = bytearray(length)
-    assert is_zero(memoryview(block))
-    for at in {0, length // 2, length - 1}:
-        block[at] = 0x80
-        assert not is_zero(memoryview(block))
-        block[at] = 0
-
-
-def split(content: bytes, first: int, runs: list[tuple[int, int]]) -> list[tuple[int, int, int, bool]]:
-    ranges = np.array(runs, dtype=np.int64)
-    offsets, lengths = ranges[:, 0], ranges[:, 1]
-    parts = split_zeroes(memoryview(content), offsets, lengths, offsets - first)
-    return list(zip(*(part.tolist() for part in parts), strict=True))
-
-
-def test_runs_are_cut_where_aligned_blocks_of_zeroes_begin_and_end() -> None:
-    content = noise(P) + bytes(B + 2 * B) + noise(P)
-    # The run begins a page before a boundary: of its zeroes, three blocks are aligned.
-    assert split(content, B - P, [(B - P, len(content))]) == [
-        (B - P, P, 0, False),
-        (B, 3 * B, P, True),
-        (4 * B, P, P + 3 * B, False),
-    ]
-
-
-def test_zeroes_that_fill_no_aligned_block_stay_data() -> None:
-    content = bytes(2 * B - P)
-    assert split(content, P, [(P, len(content))]) == [(P, B - P, 0, False), (B, B, B - P, True)]
-    assert split(content, P, [(P, B)]) == [(P, B, 0, False)]
-
-
-def test_neighbours_of_different_runs_are_told_apart() -> None:
-    content = bytes(4 * B)
-    assert split(content, 0, [(0, B), (2 * B, 2 * B)]) == [(0, B, 0, True), (2 * B, 2 * B, 2 * B, True)]
-
-
-def test_one_byte_makes_a_block_data_wherever_it_stands() -> None:
-    for at in (0, 1, 4092, 4093, 4096, B - 1):
-        content = bytearray(2 * B)
-        content[at] = 1
-        assert split(bytes(content), 0, [(0, 2 * B)]) == [(0, B, 0, False), (B, B, B, True)]
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------
@@ -227,6 +178,14 @@ def test_each_range_has_its_blake3() -> None:
     assert packed.plain_bytes == B + 2 * P + 100
 
 
+def test_no_range_reaches_over_a_block_so_that_a_failed_proof_tells_where() -> None:
+    content = noise(2 * B + 3 * P)
+    (packed,) = pack(content, [(B + 3 * P, 2 * B)])
+    assert packed.ranges.tolist() == [[B + 3 * P, B - 3 * P], [2 * B, B], [3 * B, 3 * P]]
+    assert len(packed.proofs) == 3 * 32
+    assert unpack(packed) == content[3 * P :]
+
+
 def test_adjoining_runs_become_one_range() -> None:
     content = noise(8 * P)
     (packed,) = pack(content, [(B, P), (B + P, 2 * P), (B + 4 * P, P)])
@@ -246,7 +205,7 @@ def test_zeroes_become_ranges_in_their_turn() -> None:
     assert [(frame.zero, frame.ranges.tolist()) for frame in frames] == [
         (False, [[B, B]]),
         (True, [[2 * B, 2 * B]]),
-        (False, [[4 * B, B + 5]]),
+        (False, [[4 * B, B], [5 * B, 5]]),
     ]
     zero = frames[1]
     assert (zero.pieces, zero.proofs, zero.stored_bytes, zero.plain_bytes) == ((), b"", 0, 2 * B)
@@ -261,7 +220,11 @@ def test_zeroes_with_no_data_between_them_are_one_entry() -> None:
 def test_frames_are_full_but_for_the_last_and_long_runs_are_cut_at_pages() -> None:
     content = noise(5 * B + 100)
     frames = pack(content, choice=Choice(1, 2 * B + 100))
-    assert [frame.ranges.tolist() for frame in frames] == [[[B, 2 * B]], [[3 * B, 2 * B]], [[5 * B, B + 100]]]
+    assert [frame.ranges.tolist() for frame in frames] == [
+        [[B, B], [2 * B, B]],
+        [[3 * B, B], [4 * B, B]],
+        [[5 * B, B], [6 * B, 100]],
+    ]
     assert [frame.plain_bytes for frame in pack(content, choice=Choice(1, 1))] == [P] * 80 + [100]
 
 
@@ -403,7 +366,7 @@ def test_a_frame_that_lies_about_its_size_is_refused() -> None:
 
 def blocks_of(content: bytes) -> Packed:
     """A raw frame with a range for each block."""
-    ranges = split(to_ranges([(B, len(content))]))
+    ranges = split(to_ranges([(B, len(content))]), B)
     starts: NDArray[np.uint64] = ranges[:, 0] - np.uint64(B)
     proofs = b"".join(blake3(content[start : start + B]).digest() for start in starts.tolist())
     return Packed(False, ranges, proofs, Codec.RAW, None, len(content), (content,))
