@@ -32,6 +32,7 @@ from agent.virt.libvirt_host import LibvirtHost
 from protocol.bulk import accept_bulk
 from protocol.channel import serve_control
 from protocol.errors import ProtocolError
+from protocol.link import tune_listener
 from protocol.messages import Failure
 from protocol.tls import certificate_fingerprint, client_context, server_context
 
@@ -121,6 +122,8 @@ async def _run(config: Config) -> None:
         _make_runtime_dir(config)
         control = await _listen(config.listen, config.control_port, "control_port")
         bulk = await _listen(config.listen, config.bulk_port, "bulk_port")
+        for listener in bulk:
+            tune_listener(listener.socket)
         hypervisor = LibvirtHost(config.libvirt.uri, scratch_dir=config.libvirt.scratch_dir)
         service = AgentService(
             config=config,

@@ -16,7 +16,7 @@ import trio
 
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
-from agent.sync.buffers import BufferPool, Windows
+from agent.sync.buffers import TARGET_BUFFER_BYTES, TARGET_BUFFERS, BufferPool, Windows
 from agent.sync.conversation import Conversation, Lane, accompanied, side_by_side
 from agent.sync.meter import Meter
 from agent.sync.rate import Limits
@@ -101,6 +101,7 @@ class PassDesk:
 
     threads: Threads
     buffers: BufferPool = field(default_factory=BufferPool)
+    scratch: BufferPool = field(default_factory=lambda: BufferPool(TARGET_BUFFERS, TARGET_BUFFER_BYTES))
     windows: Windows = field(default_factory=Windows)
     tunings: Tunings = field(default_factory=Tunings)
     _sessions: dict[str, Session] = field(default_factory=dict)
@@ -226,7 +227,7 @@ class PassDesk:
                     target_size_bytes=granted.target_size_bytes,
                     talk=Conversation(granted.target, self.threads, [Lane(first)]),
                     seed=hello.digest_seed,
-                    buffers=self.buffers,
+                    buffers=self.scratch,
                     limits=session.limits,
                     before_first_write=before_first_write,
                     meter=meter,

@@ -189,8 +189,8 @@ class Engine:
         """While the replica serves: obey stop and cancel here."""
         context = self._context
         name, run = context.pair.name, context.run.id
-        request = await context.store.write(lambda connection: journal.claim(connection, name, run))
-        if request is not None and request.verb == "cancel":
+        request = await context.store.write(lambda connection: journal.claim(connection, name, run, "cancel"))
+        if request is not None:
             self._cancel_claimed = True  # kept: the step that was to be broken off may end well at this very moment
         if self._cancel_claimed:
             raise _Interrupted(cancel=True)
@@ -202,7 +202,9 @@ class Engine:
         context = self._context
         sentence = f"{context.pair.name} is in the switchover, which ends in Failback or rolls back by itself"
         await context.store.write(
-            lambda connection: journal.answer_all(connection, context.pair.name, context.run.id, sentence)
+            lambda connection: journal.answer_all(
+                connection, context.pair.name, context.run.id, sentence, verb="cancel"
+            )
         )
         if self._stop.is_set() and not self._stop_answered:
             self._stop_answered = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from coordinator import schema
 from coordinator.entries import EntryKind, JournalEntry, Phase, Request, RunRecord
@@ -104,10 +104,21 @@ def ask(connection: Connection, *, pair: str, run: str, verb: str, actor: str, a
     return int(key[0])
 
 
-def claim(connection: Connection, pair: str, run: str) -> Request | None:
-    """Take the oldest unclaimed request of the run, if there is one; nobody else gets it."""
+def is_asked(connection: Connection, pair: str, run: str, verb: str) -> bool:
+    """Whether the run has an unclaimed request of that verb."""
+    return connection.execute(_unclaimed(pair, run, verb)).first() is not None
+
+
+def _unclaimed(pair: str, run: str, verb: str) -> Select[tuple[object, ...]]:
     table = schema.requests
-    query = select(table).where(table.c.pair == pair, table.c.run == run, table.c.claimed.is_(False))
+    where = (table.c.pair == pair, table.c.run == run, table.c.verb == verb, table.c.claimed.is_(False))
+    return select(table).where(*where)
+
+
+def claim(connection: Connection, pair: str, run: str, verb: str) -> Request | None:
+    """Take the oldest unclaimed request of that verb of the run, if there is one; nobody else gets it."""
+    table = schema.requests
+    query = _unclaimed(pair, run, verb)
     row = connection.execute(query.order_by(table.c.id).limit(1)).one_or_none()
     if row is None:
         return None
@@ -122,10 +133,12 @@ def answer(connection: Connection, request: int, sentence: str) -> None:
     connection.execute(update(table).where(*where).values(answer=sentence, claimed=True))
 
 
-def answer_all(connection: Connection, pair: str, run: str, sentence: str) -> None:
-    """Answer whatever was asked of the run and has no answer yet."""
+def answer_all(connection: Connection, pair: str, run: str, sentence: str, *, verb: str | None = None) -> None:
+    """Answer whatever was asked of the run (or only requests of that verb) and has no answer yet."""
     table = schema.requests
-    where = (table.c.pair == pair, table.c.run == run, table.c.answer.is_(None))
+    where = [table.c.pair == pair, table.c.run == run, table.c.answer.is_(None)]
+    if verb is not None:
+        where.append(table.c.verb == verb)
     connection.execute(update(table).where(*where).values(answer=sentence, claimed=True))
 
 

@@ -101,6 +101,49 @@ class ShutdownPolicy(enum.Enum):
     FORCE = "force"
 
 
+MIN_RATE_BYTES_S = 100_000
+"""Below this the peer of a pass could take a disk whose turn is late for dead (`protocol.bulk.IDLE_TIMEOUT_S`)."""
+MAX_RATE_BYTES_S = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A limit as a person gave it: bytes/s; None: no limit. Raises `ValueError` when it is out of bounds."""
+
+    bytes_s: int | None
+
+    def __post_init__(self) -> None:
+        if self.bytes_s is not None and not MIN_RATE_BYTES_S <= self.bytes_s <= MAX_RATE_BYTES_S:
+            raise ValueError(f"{self.bytes_s} bytes/s is out of bounds: at least 100kB/s and at most 1TB/s")
+
+    @property
+    def words(self) -> str:
+        """For people: ``119 MiB/s``, ``none``."""
+        if self.bytes_s is None:
+            return "none"
+        return f"{self.bytes_s / (1 << 20):.4g} MiB/s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLimits:
+    """How fast the agents may send and read in a pass, all of its disks together; None: no limit."""
+
+    network_bytes_s: int | None = None
+    read_bytes_s: int | None = None
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"network {Rate(self.network_bytes_s).words}, reads {Rate(self.read_bytes_s).words}"
+
+    def changed(self, network: Rate | None, read: Rate | None) -> RunLimits:
+        """The limits after these were given; None: not given, that one stays."""
+        return RunLimits(
+            network_bytes_s=self.network_bytes_s if network is None else network.bytes_s,
+            read_bytes_s=self.read_bytes_s if read is None else read.bytes_s,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """What the administrator chose at `start`; lives in the journal, never in argv of the run's process."""
@@ -110,6 +153,7 @@ class RunOptions:
     shutdown_timeout_s: float = 900.0
     shutdown_policy: ShutdownPolicy = ShutdownPolicy.ABORT
     allow_larger_target: bool = False
+    limits: RunLimits = field(default_factory=RunLimits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

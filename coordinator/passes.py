@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import trio
 from sqlalchemy import Connection
@@ -13,6 +14,7 @@ from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import RunContext
 from coordinator.errors import CoordinatorError, DatabaseError
 from coordinator.events import Progressed
+from coordinator.limits import follow_limits, read_limits
 from coordinator.progress import Progress, ProgressMeter
 from coordinator.records import DiskSizes, PassRecord, SurveyRecord
 from protocol.messages import (
@@ -88,6 +90,28 @@ def _grant(context: RunContext, survey: SurveyRecord, grant: str, view: str, dir
     )
 
 
+async def _orders(context: RunContext, grant: str, survey: SurveyRecord) -> dict[Direction, RunPass]:
+    """What each side is told, with the limits as they are now; a later change is passed on by `follow_limits`."""
+    limits = await context.store.read(lambda connection: read_limits(connection, context.run.id))
+    address, port = context.directory.bulk_endpoint(context.pair.original.host)
+    receive = RunPass(
+        order=context.order,
+        grant=grant,
+        peer_name="",
+        peer_host="",
+        peer_port=0,
+        limit_network=limits.network_bytes_s,
+        limit_read=limits.read_bytes_s,
+    )
+    send = replace(
+        receive,
+        peer_name=context.pair.original.host,
+        peer_host=address,
+        peer_port=port or survey.bulk_port,
+    )
+    return {Direction.RECEIVE: receive, Direction.SEND: send}
+
+
 async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord) -> tuple[PassReport, PassReport]:
     """Let both agents carry the pass out, the receiver first. Raises the failure that tells why."""
     reports: dict[Direction, PassReport] = {}
@@ -103,22 +127,15 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
         with suppress(trio.WouldBlock):
             pictures.send_nowait(picture)
 
-    address, port = context.directory.bulk_endpoint(context.pair.original.host)
-    receive = RunPass(order=context.order, grant=grant, peer_name="", peer_host="", peer_port=0)
-    send = RunPass(
-        order=context.order,
-        grant=grant,
-        peer_name=context.pair.original.host,
-        peer_host=address,
-        peer_port=port or survey.bulk_port,
-    )
+    orders = await _orders(context, grant, survey)
+    following = trio.CancelScope()
 
     async def side(direction: Direction) -> None:
         receives = direction is Direction.RECEIVE
         try:
             reports[direction] = await ask(
                 context.target if receives else context.source,
-                receive if receives else send,
+                orders[direction],
                 PassReport,
                 timeout_s=None,  # as long as it takes: the channel notices an agent that falls silent
                 on_progress=None if receives else progressed,
@@ -129,6 +146,11 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
         finally:
             if len(reports) + len(failures) == len(Direction):
                 pictures.close()
+                following.cancel()
+
+    async def follow() -> None:
+        with following:
+            await follow_limits(context)
 
     try:
         async with trio.open_nursery() as nursery:
@@ -142,6 +164,7 @@ async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord
                 failures.append(error)
                 nursery.cancel_scope.cancel()
             nursery.start_soon(side, Direction.SEND)
+            nursery.start_soon(follow)
     finally:
         with trio.CancelScope(shield=True), suppress(DatabaseError):
             await context.store.write(lambda connection: journal.clear_progress(connection, context.pair.name))

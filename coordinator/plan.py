@@ -109,7 +109,17 @@ def _notes(case: Case) -> Iterator[str]:
         "made of it "
         "before the original may start."
     )
+    yield from _limit_notes(case)
     yield from _disk_notes(case)
+
+
+def _limit_notes(case: Case) -> Iterator[str]:
+    limits = case.options.limits
+    if limits.network_bytes_s is not None or limits.read_bytes_s is not None:
+        yield (
+            f"Limits: {limits.words}, all disks together. They hold in the last pass too, while nobody is served: "
+            f"`failback limit {case.pair.name}` changes or lifts them while the run goes on."
+        )
 
 
 def _disk_notes(case: Case) -> Iterator[str]:

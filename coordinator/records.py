@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.model import RestorePoint
+from coordinator.model import RestorePoint, RunLimits
 from protocol.messages import PassReport, Power
 
 
@@ -120,4 +120,5 @@ Record = (
     | VerifyRecord
     | ReleaseRecord
     | RestorePointRecord
+    | RunLimits
 )

@@ -21,12 +21,15 @@ class DiskLine:
         size_bytes: the replica's size.
         compared_bytes: read and hashed at the source.
         zero_bytes: known to read as zero at the source, not read.
-        changed_bytes: of blocks that differed.
-        sent_bytes: payload on the wire for those.
+        changed_bytes: what differed, of blocks or pages.
+        sent_bytes: what the disk's connections carried, both ways, before TLS.
         written_bytes, zeroed_bytes: what the target wrote and zeroed.
         verified_bytes: read back at the target and proven equal.
         past_cache: whether the read-back went past the page cache.
         rung, why_not_higher: the rung of evidence, and why no higher one.
+        frames: how many frames of data were sent, by how they were stored (``raw``, ``zstd 1`` …).
+        stored_bytes: what `changed_bytes` became in them.
+        lanes: connections used; source_access, target_access: how either side read its disk.
     """
 
     original: str
@@ -44,6 +47,11 @@ class DiskLine:
     past_cache: bool
     rung: str
     why_not_higher: str
+    frames: dict[str, int]
+    stored_bytes: int
+    lanes: int
+    source_access: str
+    target_access: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +153,11 @@ def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
         past_cache=there.past_cache,
         rung=here.rung,
         why_not_higher=here.why_not_higher,
+        frames=here.frames,
+        stored_bytes=here.stored_bytes,
+        lanes=here.lanes,
+        source_access=here.access,
+        target_access=there.access,
     )
 
 

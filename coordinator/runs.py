@@ -22,8 +22,9 @@ from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
 from coordinator.hooks import Hooks
+from coordinator.limits import PASSES, LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
-from coordinator.model import Pair, PairRequest, RestorePoint, RunOptions, State
+from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.runlog import RunLog
@@ -35,6 +36,8 @@ from coordinator.takeover import Author
 
 RUN_ID_BYTES = 5
 REQUEST_POLL_S = 0.3
+LIMITS_WAIT_S = 10.0
+"""How long `failback limit` waits for the pass under way to obey."""
 
 
 class Coordinator:
@@ -218,6 +221,38 @@ class Coordinator:
         if answer is not None and TABLE[now.state].unfinished and now.state is not State.CANCELLING:
             raise WrongState(f"`cancel` is not possible: {answer}", pair=pair.name, state=now.state.value)
         return asked
+
+    async def limits(self, pair: str) -> tuple[str, RunLimits] | None:
+        """The pair's unfinished run and its limits; None where no run is unfinished."""
+        status = await self.pair_status(pair)
+        if status.run is None or not TABLE[status.state].unfinished:
+            return None
+        return status.run, status.limits
+
+    async def set_limits(
+        self, pair: str, *, network: Rate | None = None, read: Rate | None = None, wait_s: float = LIMITS_WAIT_S
+    ) -> LimitsOutcome:
+        """Other limits for this and every later pass of the pair's unfinished run; None: that one stays as it is.
+
+        Durable when it returns. Where a pass works, waits up to `wait_s` for both agents to obey.
+
+        Raises:
+            WrongState: no pass of a run is to come.
+        """
+        author = self._author()
+        change = await self._db.write(
+            lambda connection: takeover.change_limits(connection, pair, author, network, read)
+        )
+        in_pass, answer = False, None
+        with trio.move_on_after(wait_s):
+            while True:
+                status = await self.pair_status(pair)
+                answer = (await self._db.read(lambda c: journal.get_request(c, change.request))).answer
+                in_pass = status.active and status.run == change.run and status.step in PASSES
+                if answer is not None or not in_pass:
+                    break
+                await trio.sleep(REQUEST_POLL_S)
+        return change.outcome(pair, in_pass=in_pass, answer=answer)
 
     async def commit(self, pair: str, restore_point: RestorePoint, *, observer: Observer = unobserved) -> Outcome:
         """Failback → Ready: final. Harmless when repeated."""

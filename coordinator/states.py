@@ -24,6 +24,11 @@ class Verb(enum.Enum):
     COMMIT = "commit"
     UNDO = "undo"
     RESUME = "resume"
+    LIMIT = "limit"
+
+
+IN_PASSING = frozenset({Verb.LIMIT})
+"""Verbs that change something about the run and leave the pair in its state: no way on, and no way out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,19 +62,19 @@ TABLE: Mapping[State, Row] = MappingProxyType(
         State.SYNCING: _row(
             "the original is being brought up to date while the replica serves",
             (State.READY_TO_SWITCH, State.CANCELLING, State.NEEDS_OPERATOR),
-            (Verb.RESUME, Verb.CANCEL),
+            (Verb.RESUME, Verb.CANCEL, Verb.LIMIT),
             unfinished=True,
         ),
         State.READY_TO_SWITCH: _row(
             "little is left to copy, the replica still serves",
             (State.SWITCHING, State.SYNCING, State.CANCELLING),
-            (Verb.RESUME, Verb.CANCEL),
+            (Verb.RESUME, Verb.CANCEL, Verb.LIMIT),
             unfinished=True,
         ),
         State.SWITCHING: _row(
             "the replica goes off and the last changes are copied",
             (State.FAILBACK, State.ROLLING_BACK, State.NEEDS_OPERATOR),
-            (Verb.RESUME,),
+            (Verb.RESUME, Verb.LIMIT),
             unfinished=True,
         ),
         State.FAILBACK: _row(
@@ -112,7 +117,7 @@ TABLE: Mapping[State, Row] = MappingProxyType(
                 State.UNDOING,
                 State.COMMITTING,
             ),
-            (Verb.RESUME, Verb.CANCEL, Verb.UNDO),
+            (Verb.RESUME, Verb.CANCEL, Verb.UNDO, Verb.LIMIT),
             unfinished=True,
         ),
     }
@@ -120,20 +125,23 @@ TABLE: Mapping[State, Row] = MappingProxyType(
 
 
 def allowed_verbs(pair: Pair) -> frozenset[Verb]:
-    """The verbs the pair's state allows; in *Needs operator* those its call names."""
+    """The verbs the pair's state allows; in *Needs operator* those its call names, and those that lead nowhere else
+    (`IN_PASSING`) where the state before allowed them."""
     verbs = TABLE[pair.state].verbs
     if pair.state is State.NEEDS_OPERATOR and pair.operator is not None:
-        return frozenset(verb for verb in verbs if verb.value in pair.operator.exits)
+        kept = TABLE[pair.operator.before].verbs & IN_PASSING
+        return frozenset(verb for verb in verbs if verb.value in pair.operator.exits or verb in kept)
     return verbs
 
 
 def describe(pair: Pair) -> str:
     """One sentence: the state, what it means and what it allows."""
-    verbs = sorted(verb.value for verb in allowed_verbs(pair))
+    allowed = allowed_verbs(pair)
     means = TABLE[pair.state].means
     if pair.state is State.NEEDS_OPERATOR and pair.operator is not None:
         means = pair.operator.sentence
-    ways = " or ".join(f"`failback {verb} {pair.name}`" for verb in verbs)
+    ways = " or ".join(f"`failback {verb} {pair.name}`" for verb in sorted(v.value for v in allowed - IN_PASSING))
+    ways += "".join(f" (and `failback {verb.value} {pair.name}`)" for verb in allowed & IN_PASSING)
     return f"{pair.name} is in {pair.state.value} ({means}): {ways} is what that state allows"
 
 

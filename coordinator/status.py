@@ -8,7 +8,8 @@ from sqlalchemy import Connection
 
 from coordinator import journal, registry
 from coordinator.entries import EntryKind, Phase
-from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, State
+from coordinator.limits import in_force
+from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, State
 from coordinator.progress import Progress
 from coordinator.records import ViewRecord
 from coordinator.reports import downtime_s
@@ -29,6 +30,7 @@ class PairStatus:
         progress: latest picture of the pass under way; None outside a pass.
         downtime_s: so far, while the replica is down for the switchover; the final one afterwards; None without.
         view: the last view opened in the run.
+        limits: in force for the run; none of either where there is no run.
         outcome, reason: how the run ended (see `coordinator.entries.RunRecord`); None and empty while it has not.
     """
 
@@ -48,6 +50,7 @@ class PairStatus:
     downtime_s: float | None
     view: str | None
     operator: OperatorCall | None
+    limits: RunLimits
     outcome: str | None
     reason: str
 
@@ -93,6 +96,7 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         downtime_s=downtime_s(log, now_s if unfinished else None),
         view=_last_view(log),
         operator=pair.operator,
+        limits=in_force(run, log) if run is not None else RunLimits(),
         outcome=run.outcome if run is not None else None,
         reason=run.reason if run is not None else "",
     )

@@ -9,8 +9,9 @@ from sqlalchemy import Connection
 from coordinator import journal, registry
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import WrongState
+from coordinator.limits import LIMITS, VERB, LimitsChange, read_limits
 from coordinator.mapping import mapping_words, revised
-from coordinator.model import Newest, Pair, RestorePoint, RunOptions, State
+from coordinator.model import Newest, Pair, Rate, RestorePoint, RunOptions, State
 from coordinator.plain import to_json
 from coordinator.records import Record, RestorePointRecord
 from coordinator.runlog import RunLog
@@ -112,6 +113,25 @@ def record_failover(connection: Connection, name: str, author: Author) -> Pair:
     registry.set_newest(connection, name, epoch, Newest.REPLICA)
     note(connection, pair, author, EntryKind.STATE, State.FAILOVER.value, run="", sentence="the replica took over")
     return registry.get_pair(connection, name)
+
+
+def change_limits(
+    connection: Connection, name: str, author: Author, network: Rate | None, read: Rate | None
+) -> LimitsChange:
+    """Other limits for the pair's unfinished run; None: that one stays.
+
+    The epoch is not raised: nothing is taken from the process that works on the run.
+
+    Raises:
+        WrongState: no pass of a run is to come.
+    """
+    pair = registry.get_pair(connection, name)
+    check_verb(pair, Verb.LIMIT)
+    run = pair.run or ""
+    limits = read_limits(connection, run).changed(network, read)
+    note(connection, pair, author, EntryKind.NOTE, LIMITS, sentence=f"limits: {limits.words}", record=limits)
+    request = journal.ask(connection, pair=name, run=run, verb=VERB, actor=author.actor, at_s=author.at_s)
+    return LimitsChange(run=run, limits=limits, request=request)
 
 
 def take_over(

@@ -11,6 +11,8 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from protocol import limits
 from protocol.codec import Message
@@ -34,6 +36,7 @@ from protocol.messages import (
 RANGE_BYTES = 16  # offset and length, each an unsigned 64-bit little-endian number
 DIGEST_BYTES = 16  # xxh3-128
 PROOF_BYTES = 32  # BLAKE3
+MAX_SEED = 2**64 - 1  # XXH64_hash_t, what xxh3 takes as seed
 
 _LAST_WORDS = {PassFailed: State.OVER, Goodbye: State.OVER}
 
@@ -57,18 +60,29 @@ BULK_TABLE: Table = {
 
 
 def split_ranges(payload: Sequence[Buffer], count: int) -> tuple[array[int], array[int]]:
-    """The first `count` ranges of a payload: their offsets and their lengths, in bytes."""
-    wanted = count * RANGE_BYTES
+    """The first `count` ranges of a payload that has at least so many: their offsets and their lengths, in bytes."""
     numbers = array("Q")
-    have = bytearray()
-    for piece in payload:
-        have += memoryview(piece).cast("B")[: wanted - len(have)]
-        if len(have) == wanted:
-            break
-    numbers.frombytes(have)
+    numbers.frombytes(_start_of(payload, count * RANGE_BYTES))
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers[0::2], numbers[1::2]
+
+
+def _start_of(payload: Sequence[Buffer], wanted_bytes: int) -> Buffer:
+    """The first bytes of a payload in pieces; copied only where they lie in several."""
+    have = bytearray()
+    for piece in payload:
+        part = memoryview(piece).cast("B")[: wanted_bytes - len(have)]
+        if part.nbytes == wanted_bytes:
+            return part
+        have += part
+        if len(have) == wanted_bytes:
+            break
+    return have
+
+
+def _size(payload: Sequence[Buffer]) -> int:
+    return sum(memoryview(piece).nbytes for piece in payload)
 
 
 def _check_rising(offsets: array[int], lengths: array[int]) -> None:
@@ -82,10 +96,32 @@ def _check_rising(offsets: array[int], lengths: array[int]) -> None:
         raise Breach(f"a range ends at byte {end}, beyond any disk")
 
 
+def _check_whole_blocks(offsets: array[int], lengths: array[int], end_bytes: int) -> None:
+    """Breach unless rising ranges begin and end at multiples of a block; the last may end at `end_bytes` instead."""
+    mask = limits.BLOCK_BYTES - 1
+    # All numbers at once: one that is no multiple sets a low bit. Only a breach is worth a loop.
+    whole = lengths[:-1] if lengths and offsets[-1] + lengths[-1] == end_bytes else lengths
+    if (reduce(or_, offsets, 0) | reduce(or_, whole, 0)) & mask:
+        wrong = next(
+            offset
+            for offset, length in zip(offsets, lengths, strict=True)
+            if offset & mask or (length & mask and offset + length != end_bytes)
+        )
+        raise Breach(f"the range at byte {wrong} does not begin and end at multiples of {limits.BLOCK_BYTES}")
+
+
 def superblock_count(offsets: Sequence[int], lengths: Sequence[int], superblock_bytes: int) -> int:
-    """How many superblocks ranges have: each is what of one range lies between two multiples of its size."""
+    """How many superblocks the ranges of a span have: each is what of one range lies between two multiples of its size.
+
+    Args:
+        offsets, lengths: of rising ranges, as `CompareSpan` allows them: of whole blocks, but for the end of the last.
+        superblock_bytes: a power of two; may be less than a block, as details are.
+    """
+    if superblock_bytes <= limits.BLOCK_BYTES:
+        return -(-sum(lengths) // superblock_bytes)  # all start at a multiple, only the last may end off one
+    shift = superblock_bytes.bit_length() - 1
     return sum(
-        (offset + length - 1) // superblock_bytes - offset // superblock_bytes + 1
+        ((offset + length - 1) >> shift) - (offset >> shift) + 1
         for offset, length in zip(offsets, lengths, strict=True)
     )
 
@@ -98,11 +134,18 @@ class OpenSpan:
         superblocks: how many it has.
         data_bytes: how much of it is data.
         most_details: how many digests of details its answer may carry.
+        details_each: how many a whole superblock has; 0 where none are told.
     """
 
     superblocks: int
     data_bytes: int
     most_details: int
+    details_each: int
+
+    @property
+    def row_bytes(self) -> int:
+        """How long each of the two rows of bits of its answer is."""
+        return -(-self.superblocks // 8)
 
 
 class BulkConnection(Connection):
@@ -118,6 +161,7 @@ class BulkConnection(Connection):
         self._offered: tuple[int, ...] = ()
         self.window_bytes = 0
         self.unacknowledged_bytes = 0
+        self._lanes = 0
         self._ahead_bytes = 0
         self._asked_bytes = 0
         self._batches: dict[int, OpenSpan] = {}
@@ -143,9 +187,8 @@ class BulkConnection(Connection):
         if self.state is not State.OPEN:
             return False
         if isinstance(message, BlockData):
-            size = sum(memoryview(piece).nbytes for piece in payload)
-            return self.window_left_bytes < size <= self.window_bytes
-        if isinstance(message, CompareSpan) and 0 < message.count <= limits.MAX_RANGES:
+            return self.window_left_bytes < _size(payload) <= self.window_bytes
+        if isinstance(message, CompareSpan) and 0 < message.count * RANGE_BYTES <= _size(payload):
             _, lengths = split_ranges(payload, message.count)
             return self.ahead_left_bytes < sum(lengths) <= self._ahead_bytes
         return False
@@ -184,6 +227,12 @@ class BulkConnection(Connection):
             raise Breach(f"batch {message.batch} does not rise above {self._last_batch}")
         _check_between("length_bytes", message.length_bytes, 1, limits.MAX_DISK_BYTES)
         _check_between("offset_bytes", message.offset_bytes, 0, limits.MAX_DISK_BYTES - message.length_bytes)
+        if self._end_of_spans % limits.BLOCK_BYTES:
+            # Without this a span could hold a single byte of data, and `ahead_bytes` of them could be open at once.
+            raise Breach(
+                f"a span at byte {message.offset_bytes} behind one that ended at byte {self._end_of_spans}; that is no "
+                f"multiple of {limits.BLOCK_BYTES}, so the disk ended there"
+            )
         if message.offset_bytes < self._end_of_spans or message.offset_bytes % limits.BLOCK_BYTES:
             raise Breach(
                 f"the span at byte {message.offset_bytes} stands before byte {self._end_of_spans}, where the one "
@@ -211,10 +260,12 @@ class BulkConnection(Connection):
         span = self._batches[message.batch]
         _check_between("read_bytes", message.read_bytes, 0, span.data_bytes)
         _check_between("details", message.details, 0, span.most_details)
-        return 2 * -(-span.superblocks // 8) + message.details * DIGEST_BYTES
+        return 2 * span.row_bytes + message.details * DIGEST_BYTES
 
     def _check_plain(self, message: Message) -> None:
         match message:
+            case BulkHello():
+                _check_between("digest_seed", message.digest_seed, 0, MAX_SEED)
             case BulkWelcome():
                 if message.version not in self._offered:
                     raise Breach(f"BulkWelcome chooses version {message.version}, which was not offered")
@@ -226,7 +277,7 @@ class BulkConnection(Connection):
             case EndOfPass():
                 if self._batches:
                     raise Breach(f"EndOfPass while {len(self._batches)} spans are unanswered")
-                _check_between("lanes", message.lanes, 1, limits.MAX_LANES)
+                _check_between("lanes", message.lanes, 1, self._lanes)
                 for name in ("data_bytes", "zero_bytes", "compared_bytes"):
                     _check_between(name, getattr(message, name), 0, limits.MAX_DISK_BYTES)
             case PassVerified():
@@ -250,8 +301,9 @@ class BulkConnection(Connection):
                 _check_rising(offsets, lengths)
                 if sum(lengths) != message.plain_bytes:
                     raise Breach(f"BlockData's ranges hold {sum(lengths)} bytes, not {message.plain_bytes}")
-                self.unacknowledged_bytes += sum(memoryview(piece).nbytes for piece in payload)
+                self.unacknowledged_bytes += _size(payload)
             case SpanAnswer():
+                self._check_rows(message, self._batches[message.batch], payload)
                 self._asked_bytes -= self._batches.pop(message.batch).data_bytes
             case Credit():
                 self.unacknowledged_bytes -= message.payload_bytes
@@ -259,6 +311,7 @@ class BulkConnection(Connection):
                 self._offered = message.versions
             case BulkWelcome():
                 self.window_bytes, self._ahead_bytes = message.window_bytes, message.ahead_bytes
+                self._lanes = message.lanes
             case _:
                 pass
 
@@ -269,22 +322,37 @@ class BulkConnection(Connection):
         end = message.offset_bytes + message.length_bytes
         if offsets and not message.offset_bytes <= offsets[0] <= offsets[-1] + lengths[-1] <= end:
             raise Breach(f"ranges reach from byte {offsets[0]} to {offsets[-1] + lengths[-1]}, out of their span")
-        for offset, length in zip(offsets, lengths, strict=True):
-            if offset % limits.BLOCK_BYTES or ((offset + length) % limits.BLOCK_BYTES and offset + length != end):
-                raise Breach(f"the range at byte {offset} does not begin and end at multiples of {limits.BLOCK_BYTES}")
+        _check_whole_blocks(offsets, lengths, end)
         count = superblock_count(offsets, lengths, message.superblock_bytes)
-        digests = sum(memoryview(piece).nbytes for piece in payload) // DIGEST_BYTES - message.count
+        digests = _size(payload) // DIGEST_BYTES - message.count
         if count != digests:
             raise Breach(f"{digests} digests came for {count} superblocks")
         size = sum(lengths)
         if size > self.ahead_left_bytes:
             raise Breach(f"a span with {size} bytes of data; {self.ahead_left_bytes} may be asked for now")
+        most, each = 0, 0
+        if message.detail_bytes < message.superblock_bytes:
+            most = superblock_count(offsets, lengths, message.detail_bytes)
+            each = message.superblock_bytes // message.detail_bytes
+            if most > limits.MAX_DIGESTS:
+                raise Breach(f"a span with {most} details; an answer tells {limits.MAX_DIGESTS} at most")
         self._last_batch, self._end_of_spans = message.batch, end
         if count:
-            most = superblock_count(offsets, lengths, message.detail_bytes)
-            tells = message.detail_bytes < message.superblock_bytes
-            self._batches[message.batch] = OpenSpan(count, size, min(most, limits.MAX_DIGESTS) if tells else 0)
+            self._batches[message.batch] = OpenSpan(count, size, most, each)
             self._asked_bytes += size
+
+    def _check_rows(self, message: SpanAnswer, span: OpenSpan, payload: Sequence[Buffer]) -> None:
+        """Breach unless the rows of bits agree with each other and with the number of details. Which details are due
+        only those can tell who kept the ranges."""
+        rows = bytes(_start_of(payload, 2 * span.row_bytes))
+        differs, empty = (int.from_bytes(row, "big") for row in (rows[: span.row_bytes], rows[span.row_bytes :]))
+        if (differs | empty) & ((1 << -span.superblocks % 8) - 1):
+            raise Breach(f"SpanAnswer sets bits behind those of its {span.superblocks} superblocks")
+        if empty & ~differs:
+            raise Breach("SpanAnswer calls superblocks empty that do not differ")
+        if span.details_each:
+            told = (differs & ~empty).bit_count()
+            _check_between("details", message.details, told, told * span.details_each)
 
 
 def _check_between(what: str, value: int, least: int, most: int) -> None:

@@ -11,6 +11,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 CUT_AFTER_S = 45.0
 """After so long without any acknowledgement, though something was sent again and again, the link counts as cut: with
@@ -91,7 +92,14 @@ NO_FACTS = LinkFacts(
 )
 
 
-def tune_listener(sock: socket.socket) -> None:
+class HasOptions(Protocol):
+    """A socket of whatever library."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None:
+        """setsockopt(2)."""
+
+
+def tune_listener(sock: HasOptions) -> None:
     """Before `listen`: bulk connections that come in get a receive window for long round trips.
 
     How far a window can open is settled when the connection begins, so a buffer given later helps only in part.
@@ -169,7 +177,7 @@ def _seconds(kind: struct.Struct, info: bytes, offset: int) -> float | None:
     return None if microseconds is None else microseconds / 1e6
 
 
-def _widen(sock: socket.socket, option: int, limits: Path) -> None:
+def _widen(sock: HasOptions, option: int, limits: Path) -> None:
     """Give the socket `BUFFER_BYTES`, unless the kernel would go as far by itself.
 
     Only with CAP_NET_ADMIN, as the agent has it. The options without FORCE are capped at ``net.core.wmem_max`` and

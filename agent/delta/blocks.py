@@ -22,7 +22,7 @@ BLOCK_BYTES = 64 * 1024
 PAGE_BYTES = 4 * 1024
 """The unit that guests write: file systems and databases seldom use smaller pages."""
 
-BATCH_BYTES = 8 * 1024 * 1024
+BATCH_BYTES = 16 * 1024 * 1024
 """Data that is read, hashed and compared in one go: large requests for the storage, few thread hops."""
 
 BATCH_RANGES = 4096
@@ -56,17 +56,14 @@ class Span:
         number: 0, 1, 2 … in the order of offsets.
         offset_bytes, length_bytes: where it lies; spans adjoin and cover the disk.
         data: whole blocks, adjoining ones joined, shape (n, 2), n may be 0.
+        data_bytes: how much that is.
     """
 
     number: int
     offset_bytes: int
     length_bytes: int
     data: Ranges
-
-    @property
-    def data_bytes(self) -> int:
-        """How much data that is."""
-        return total_bytes(self.data)
+    data_bytes: int
 
     @property
     def zero_bytes(self) -> int:
@@ -167,10 +164,10 @@ def plan_spans(
             data.append((start, taken))
             start, filled = start + taken, filled + taken
             if filled == most or len(data) == batch_ranges:
-                yield Span(number, begin, start - begin, to_ranges(data))
+                yield Span(number, begin, start - begin, to_ranges(data), filled)
                 number, begin, filled, data, most = number + 1, start, 0, [], batch_bytes()
     if begin < size_bytes:
-        yield Span(number, begin, size_bytes - begin, to_ranges(data))
+        yield Span(number, begin, size_bytes - begin, to_ranges(data), filled)
 
 
 def _joined(extents: Iterable[ExtentLike], size_bytes: int) -> Iterator[tuple[int, int, bool]]:

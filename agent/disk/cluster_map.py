@@ -25,6 +25,8 @@ class ClusterMap:
         size_bytes: of the disk in it.
         files: how many files of its chain we read ourselves.
         locked_by_us, past_cache: see `image_options`.
+        in_place: asked after each question: whether the paths still lead to the files that are read. qemu-img goes
+            by path, and a map of one file is no map of another.
         given_up: asked while waiting for qemu-img; True ends it with an error.
     """
 
@@ -37,10 +39,12 @@ class ClusterMap:
         files: int,
         locked_by_us: bool,
         past_cache: bool,
+        in_place: Callable[[], bool],
         given_up: Callable[[], bool],
     ) -> None:
         self._size_bytes = size_bytes
         self._files = files
+        self._in_place = in_place
         self._given_up = given_up
         self._options = image_options(
             image,
@@ -52,7 +56,7 @@ class ClusterMap:
         self._asking = threading.Lock()
         self._next_bytes = FIRST_WINDOW_BYTES
         self._windows: list[Window] = []  # the one used last stands last
-        self.calls = 0
+        self.questions = 0
         """How often qemu-img was asked."""
 
     def pieces(self, offset_bytes: int, length_bytes: int) -> Iterator[Piece]:
@@ -82,8 +86,10 @@ class ClusterMap:
     def _ask(self, start: int) -> Window:
         length = min(self._next_bytes, self._size_bytes - start)
         command = ["qemu-img", "map", "--output=json", f"--start-offset={start}", f"--max-length={length}"]
-        self.calls += 1
+        self.questions += 1
         text, complete = run_bounded([*command, "--image-opts", self._options], TEXT_BYTES, self._given_up)
+        if not self._in_place():
+            raise OSError(0, "the image or its backing file was moved or replaced while it was read")
         try:
             window = window_of(text, start, start + length, complete=complete, files=self._files)
         except (ValueError, LookupError, TypeError, json.JSONDecodeError) as error:

@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from agent.disk.cluster_map import ClusterMap
+from agent.disk.direct import direct_works
 from agent.disk.gate import Gate, RunFailed
 from agent.disk.lock import HeldImage, hold_frozen
-from agent.disk.qemu_img import ChainImage, NotMapped, chain_of
+from agent.disk.qemu_img import NotMapped, chain_of
 from agent.disk.raw import READERS, measure
 from agent.disk.runs import Run, joined
 from agent.disk.seam import Disk, Extent
@@ -29,13 +30,21 @@ class MappedDisk:
     """A `Disk` for reading; open it with `MappedDisk.open`."""
 
     def __init__(
-        self, gate: Gate, cluster_map: ClusterMap, files: list[StorageFile], serve: Callable[[], Disk], owned: ExitStack
+        self,
+        gate: Gate,
+        cluster_map: ClusterMap,
+        files: list[StorageFile],
+        serve: Callable[[], Disk],
+        owned: ExitStack,
+        *,
+        owns_server: bool,
     ) -> None:
         self._gate = gate
         self._map = cluster_map
         self._files = files
         self._serve = serve
         self._owned = owned
+        self._owns_server = owns_server
         self._starting = threading.Lock()
         self._served: Disk | None = None
 
@@ -56,7 +65,8 @@ class MappedDisk:
             name: what messages call the disk.
             image: file or block device.
             image_format: QEMU's name of the format.
-            serve: opens the same image for reading through qemu-nbd.
+            serve: gives the same image through qemu-nbd, asked at most once. The disk closes it with itself when
+                `held` is None.
             held: its exclusive lock; the caller goes on owning it and holds it longer than the disk is open. None: the
                 image and its backing files are locked here so that nobody can write.
             idle: read under idle I/O priority (see `agent.disk.priority`).
@@ -66,8 +76,9 @@ class MappedDisk:
         """
         with ExitStack() as owned:
             try:
-                chain, files = _open_chain(name, image, image_format, held, owned, idle=idle)
-                gate = Gate(name, str(image), chain[0].size_bytes, writable=False)
+                size_bytes, locks = _lock_chain(image, image_format, held, owned)
+                files = [_storage(name, lock, owned, idle=idle) for lock in locks]
+                gate = Gate(name, str(image), size_bytes, writable=False)
                 cluster_map = ClusterMap(
                     image,
                     image_format,
@@ -75,11 +86,12 @@ class MappedDisk:
                     files=len(files),
                     locked_by_us=held is not None,
                     past_cache=all(file.reads_past_cache for file in files),
+                    in_place=lambda: all(lock.is_named() for lock in locks),
                     given_up=lambda: gate.closed,
                 )
             except (DiskError, OSError) as error:
                 raise NotMapped(str(error)) from error
-            return cls(gate, cluster_map, files, serve, owned.pop_all())
+            return cls(gate, cluster_map, files, serve, owned.pop_all(), owns_server=held is None)
 
     @property
     def name(self) -> str:
@@ -96,6 +108,11 @@ class MappedDisk:
     @property
     def access(self) -> str:
         return "cluster map" if self._served is None else "cluster map, and NBD for compressed clusters"
+
+    @property
+    def questions(self) -> int:
+        """How often qemu-img was asked for a window of the map."""
+        return self._map.questions
 
     @property
     def reads_back_past_cache(self) -> bool:
@@ -145,6 +162,8 @@ class MappedDisk:
         with self._starting:
             if self._served is None:
                 self._served = self._serve()
+                if self._owns_server:
+                    self._owned.callback(self._served.close)
             return self._served
 
     def extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
@@ -182,38 +201,34 @@ class MappedDisk:
 
     def close(self) -> None:
         if self._gate.close():
-            with self._owned:
-                if self._served is not None:
-                    self._served.close()
+            self._owned.close()
 
 
-def _open_chain(
-    name: str, image: Path, image_format: str, held: HeldImage | None, owned: ExitStack, *, idle: bool
-) -> tuple[list[ChainImage], list[StorageFile]]:
-    """Lock what we do not hold, and open it; `owned` lets go of both.
+def _lock_chain(
+    image: Path, image_format: str, held: HeldImage | None, owned: ExitStack
+) -> tuple[int, list[HeldImage]]:
+    """Size of the disk in bytes, and a lock of each file of the chain; `owned` lets go of those that are taken here.
 
     Raises:
         NotMapped: the chain may not be read by its map.
-        OSError, DiskError: it cannot be locked or opened.
+        OSError, DiskError: it cannot be locked.
     """
-    if held is None:
-        held = hold_frozen(image)
-        owned.callback(held.close)
-        files = [_storage(name, held, owned, idle=idle)]
-        chain = chain_of(image, image_format, locked_by_us=False, past_cache=files[0].reads_past_cache)
-        for link in chain[1:]:
-            backing = hold_frozen(link.path)
-            owned.callback(backing.close)
-            files.append(_storage(name, backing, owned, idle=idle))
-        # Only now nobody can change the chain any more.
-        if len(chain) > 1 and chain != chain_of(image, image_format, locked_by_us=False, past_cache=False):
-            raise NotMapped("its backing chain changed while it was opened")
-        return chain, files
-    files = [_storage(name, held, owned, idle=idle)]
-    chain = chain_of(image, image_format, locked_by_us=True, past_cache=files[0].reads_past_cache)
-    if len(chain) > 1:
-        raise NotMapped("a target with a backing file")
-    return chain, files
+    past_cache = direct_works(image)
+    if held is not None:
+        chain = chain_of(image, image_format, locked_by_us=True, past_cache=past_cache)
+        if len(chain) > 1:
+            raise NotMapped("the image is ours alone, its backing file is not")
+        return chain[0].size_bytes, [held]
+    locks = [hold_frozen(image)]
+    owned.callback(locks[0].close)
+    chain = chain_of(image, image_format, locked_by_us=False, past_cache=past_cache)
+    for link in chain[1:]:
+        locks.append(hold_frozen(link.path))
+        owned.callback(locks[-1].close)
+    # Only now nobody can change the chain any more.
+    if len(chain) > 1 and chain != chain_of(image, image_format, locked_by_us=False, past_cache=past_cache):
+        raise NotMapped("the backing chain changed while it was opened")
+    return chain[0].size_bytes, locks
 
 
 def _storage(name: str, held: HeldImage, owned: ExitStack, *, idle: bool) -> StorageFile:

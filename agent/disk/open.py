@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+from contextlib import ExitStack
 from pathlib import Path
 
 from agent.disk.lock import HeldImage
@@ -11,6 +13,7 @@ from agent.disk.qemu_img import NotMapped
 from agent.disk.qemu_nbd import CONNECTIONS, EXPORT, QemuNbd
 from agent.disk.raw import RawDisk
 from agent.disk.seam import Disk
+from agent.disk.target import TargetImage
 from agent.errors import DiskError
 
 
@@ -68,16 +71,36 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path)
         raise DiskError(
             f"Disk {name}: {held.path} is frozen, not held for writing; fence it as an original first.", disk=name
         )
-    # qemu-nbd opens by path, and so will the VM: what is written to must be what was locked.
+    _require_named(name, held)
+    if image_format == "raw":
+        return RawDisk.open(name, held.path, writable=True, fd=held.fd)
+    QemuNbd.socket_path(name, socket_dir)  # what would keep the first write from starting it is said now
+    with ExitStack() as undone:
+        # The disk may start its server, which inherits the lock, when the caller has long let go of it.
+        own = HeldImage(held.path, fcntl.fcntl(held.fd, fcntl.F_DUPFD_CLOEXEC, 0), exclusive=True)
+        undone.callback(own.close)
+
+        def serve(why: str = "") -> Disk:
+            _require_named(name, own)
+            server = QemuNbd.start(name, own.path, image_format, socket_dir, held=own)
+            return _served(name, server, writable=True, why=why)
+
+        try:
+            target: Disk = TargetImage.open(name, own.path, image_format, own, serve)
+        except NotMapped as why:
+            return serve(str(why))
+        undone.pop_all()
+        return target
+
+
+def _require_named(name: str, held: HeldImage) -> None:
+    """qemu-nbd opens by path, and so will the VM: what is written to must be what was locked."""
     if not held.is_named():
         raise DiskError(
             f"Disk {name}: {held.path} is not the file any more that was locked; "
             "find out who moved or replaced it, then fence the VM again.",
             disk=name,
         )
-    if image_format == "raw":
-        return RawDisk.open(name, held.path, writable=True, fd=held.fd)
-    return _served(name, QemuNbd.start(name, held.path, image_format, socket_dir, held=held), writable=True)
 
 
 def _served(name: str, server: QemuNbd, *, writable: bool, why: str = "") -> Disk:

@@ -55,6 +55,24 @@ class QemuNbd:
         self._messages = os.memfd_create("qemu-nbd-messages", os.MFD_CLOEXEC)
         self._process: subprocess.Popen[bytes] | None = None
 
+    @staticmethod
+    def socket_path(name: str, socket_dir: Path) -> Path:
+        """A socket for a server that is to be started now or later; raises `DiskError` where none could be."""
+        path = socket_dir / f"nbd-{os.getpid()}-{next(_numbers)}"
+        if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+            raise DiskError(
+                f"Disk {name}: the socket path {path} is longer than the {_SOCKET_PATH_BYTES} bytes a unix socket "
+                "may have; set a shorter runtime folder in the agent's configuration.",
+                disk=name,
+            )
+        if shutil.which("qemu-nbd") is None:
+            raise DiskError(
+                f"Disk {name}: qemu-nbd is not installed; install the package that has it "
+                "(qemu-utils on Debian and Ubuntu, qemu-img on Fedora and RHEL).",
+                disk=name,
+            )
+        return path
+
     @classmethod
     def start(
         cls,
@@ -80,19 +98,7 @@ class QemuNbd:
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
         """
-        path = socket_dir / f"nbd-{os.getpid()}-{next(_numbers)}"
-        if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
-            raise DiskError(
-                f"Disk {name}: the socket path {path} is longer than the {_SOCKET_PATH_BYTES} bytes a unix socket "
-                "may have; set a shorter runtime folder in the agent's configuration.",
-                disk=name,
-            )
-        if shutil.which("qemu-nbd") is None:
-            raise DiskError(
-                f"Disk {name}: qemu-nbd is not installed; install the package that has it "
-                "(qemu-utils on Debian and Ubuntu, qemu-img on Fedora and RHEL).",
-                disk=name,
-            )
+        path = cls.socket_path(name, socket_dir)
         try:
             is_device = stat.S_ISBLK(image.stat().st_mode)
             past_cache = direct_works(image)

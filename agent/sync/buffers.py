@@ -1,4 +1,8 @@
-"""The memory of passes: page-aligned batch buffers, one pool for all disks of the host."""
+"""The memory of passes: page-aligned buffers, in one pool for everything the host sends and one for what it receives.
+
+Two, because a source holds what it read until the target has answered: were both out of one pool, two hosts that send
+to each other could each wait for the other's answer with no buffer left to give one.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ import trio
 
 from agent.delta.blocks import BATCH_BYTES
 
-POOL_BUFFERS = 10
-"""Batches of a host that are in memory at once: at 8 MiB, what keeps two disks reading, comparing, packing and sending
-side by side, and what 100 ms of round trip hold back at 800 MB/s; the rest of an agent's 256 MiB is for what is on the
-wire."""
+SOURCE_BUFFERS = 5
+"""Batches of a host that are sent, in memory at once. At 16 MiB each: two being read, one asked about, one packed, one sent;
+or what 100 ms of round trip hold back at 800 MB/s. The rest of an agent's 256 MiB is for what is on the wire."""
+
+TARGET_BUFFERS = 4
+TARGET_BUFFER_BYTES = 8 << 20
+"""What a target reads to compare is never held for longer than that takes: enough for the readers of one NBD disk."""
 
 
 class BufferPool:
@@ -22,7 +29,7 @@ class BufferPool:
         buffer_bytes: size of each, a multiple of the page size; they begin at pages, as O_DIRECT wants it.
     """
 
-    def __init__(self, buffers: int = POOL_BUFFERS, buffer_bytes: int = BATCH_BYTES) -> None:
+    def __init__(self, buffers: int = SOURCE_BUFFERS, buffer_bytes: int = BATCH_BYTES) -> None:
         self.buffer_bytes = buffer_bytes
         self._free: list[memoryview] = []
         self._room = trio.Semaphore(buffers, max_value=buffers)

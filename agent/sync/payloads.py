@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES, Ranges, owners, split
+from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES, Ranges, owners, split, total_bytes
 from agent.delta.compare import Answer, detail_pieces
 from agent.delta.digests import Digests, digests_from_wire, digests_to_wire
 from protocol.errors import PeerViolation
@@ -69,6 +69,7 @@ class Question:
 
     message: CompareSpan
     data: Ranges
+    data_bytes: int
     superblocks: Ranges
     digests: Digests
 
@@ -87,7 +88,7 @@ def question_from_wire(message: CompareSpan, payload: memoryview, size_bytes: in
         )
     data = ranges_from_wire(payload, message.count)
     superblocks = split(data, message.superblock_bytes)
-    return Question(message, data, superblocks, digests_from_wire(payload[message.count * RANGE_BYTES :]))
+    return Question(message, data, total_bytes(data), superblocks, digests_from_wire(payload[message.count * RANGE_BYTES :]))
 
 
 @dataclass

@@ -121,7 +121,7 @@ class SourcePass:
         talk: the connections, welcomed already; no more join.
         seed: the seed of this pass's digests.
         ahead_bytes: how much may be asked about and not answered on each connection, as the welcomes say.
-        buffers: the host's batch buffers.
+        buffers: the host's for what is sent, a batch each.
         limits: what may be sent and read in a second.
         tuning: chooses granularity and compression while the pass runs.
     """
@@ -178,7 +178,11 @@ class SourcePass:
             await self.talk.send(lane, end)
 
     def _batch_bytes(self) -> int:
-        return SKIMMED_BYTES if self.tuning.quiet else self.buffers.buffer_bytes
+        """Data of the next span. Under a limit about what may be read in a second, so that a slow pass is not silent
+        for so long that the target gives it up."""
+        most = SKIMMED_BYTES if self.tuning.quiet else self.buffers.buffer_bytes
+        limit = self.limits.read.bytes_per_s
+        return most if limit is None else max(BLOCK_BYTES, min(most, limit // BLOCK_BYTES * BLOCK_BYTES))
 
     async def _begin(self, span: Span) -> None:
         """Take what the span needs, in the order of the disk, and let it go its way."""

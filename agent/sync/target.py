@@ -69,7 +69,7 @@ class TargetPass:
         source_size_bytes, target_size_bytes: as granted; what the target has more is zeroed.
         talk: the connections that came so far; more may `join`.
         seed: the seed of this pass's digests.
-        buffers: the host's batch buffers.
+        buffers: the host's for what is received.
         limits: what may be read in a second.
         before_first_write: awaited once before anything is written: marks the original torn.
     """
@@ -139,16 +139,16 @@ class TargetPass:
 
     async def _take_question(self, lane: Lane, books: LaneBooks, message: CompareSpan, payload: memoryview) -> None:
         question = question_from_wire(message, payload, self.source_size_bytes)
-        if total_bytes(question.data) > MAX_SPAN_BYTES or message.superblock_bytes > self.buffers.buffer_bytes:
+        if question.data_bytes > MAX_SPAN_BYTES or message.superblock_bytes > self.buffers.buffer_bytes:
             raise PeerViolation(
-                f"a span with {total_bytes(question.data)} bytes of data in superblocks of {message.superblock_bytes} "
+                f"a span with {question.data_bytes} bytes of data in superblocks of {message.superblock_bytes} "
                 f"at offset {message.offset_bytes}; this agent compares {MAX_SPAN_BYTES} at once, in superblocks of "
                 f"{self.buffers.buffer_bytes}"
             )
         self._coverage.claim(message.offset_bytes, message.length_bytes)
         books.spoken_bytes += message.length_bytes
         if message.count:
-            books.asked_bytes += total_bytes(question.data)
+            books.asked_bytes += question.data_bytes
             self.talk.spawn(partial(self._answer, lane, books, question))
         zeroes = gaps(question.data, message.offset_bytes, message.length_bytes)
         if len(zeroes):
@@ -182,7 +182,7 @@ class TargetPass:
 
     async def _answer(self, lane: Lane, books: LaneBooks, question: Question) -> None:
         async with self._readers:
-            await self.limits.read.take(total_bytes(question.data))
+            await self.limits.read.take(question.data_bytes)
             buffer = await self.buffers.take()
             try:
                 told, read_bytes = await self.talk.threads.on_disk(
@@ -191,7 +191,7 @@ class TargetPass:
             finally:
                 self.buffers.give(buffer)
         self.meter.compared_bytes += read_bytes
-        books.asked_bytes -= total_bytes(question.data)
+        books.asked_bytes -= question.data_bytes
         if books.allowed.open_spans > MAX_OPEN_SPANS:
             raise PeerViolation(f"{MAX_OPEN_SPANS} answered spans differ, and nothing was sent for any of them")
         books.allowed.open(question.message.offset_bytes, question.superblocks[told.differs])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from coordinator.cli.session import Session
-from coordinator.model import PAIR_NAME, DiskPair
+from coordinator.model import PAIR_NAME, DiskPair, Rate
 
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|m|h)?")
+RATE_WORDS = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:(?:([kKmMgGtT])(i)?)?(B|bit))?(?:/s)?", re.ASCII)
+"""Number, prefix, binary prefix, unit. A small b is not taken: to some it is a byte, to others a bit."""
 MAX_DURATION_S = 7 * 24 * 3600.0
 
 
@@ -84,7 +87,37 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
+class RateType(click.ParamType[Rate]):
+    """Bytes or bits a second: ``125MB``, ``119MiB``, ``1Gbit``, ``250000000``, with or without ``/s``; or ``none``."""
+
+    name = "RATE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rate:
+        """The limit."""
+        if isinstance(value, Rate):
+            return value
+        text = str(value).strip()
+        if text.casefold() == "none":
+            return Rate(None)
+        match = RATE_WORDS.fullmatch(text)
+        if match is None:
+            self.fail(
+                f"{value!r} is no rate: write bytes a second, as in 125MB, 119MiB or 250000000, bits a second, as in "
+                "1Gbit or 800Mbit, or none",
+                param,
+                ctx,
+            )
+        number, prefix, binary, unit = match.groups()
+        scale = (1024 if binary else 1000) ** (" kmgt".index(prefix.lower()) if prefix else 0)
+        try:
+            # Decimal, so that a tenth of a unit is exactly that.
+            return Rate(int(Decimal(number) * scale / (8 if unit == "bit" else 1)))
+        except ValueError as error:
+            self.fail(f"{value!r} is too little or too much: {error}", param, ctx)
+
+
 PAIR = PairName()
 VM_PLACE = VmPlace()
 DISK_MAPPING = DiskMapping()
 DURATION_S = Duration()
+RATE = RateType()

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from coordinator.cli.parameters import DURATION_S
+from coordinator.cli.parameters import DURATION_S, RATE
 from coordinator.errors import Refused
-from coordinator.model import Plan, RunOptions, ShutdownPolicy
+from coordinator.model import Plan, Rate, RunLimits, RunOptions, ShutdownPolicy
 from coordinator.plan import make_plan
 from coordinator.runs import Coordinator
 
@@ -38,6 +38,16 @@ _OPTIONS = (
     click.option(
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
     ),
+    click.option(
+        "--limit-network",
+        type=RATE,
+        help="Most that is sent over the network: 125MB, 119MiB, 1Gbit (a second), or none, the default.",
+    ),
+    click.option(
+        "--limit-read",
+        type=RATE,
+        help="Most that each agent reads from its disks; `failback limit` changes both while the run goes on.",
+    ),
 )
 
 
@@ -55,6 +65,8 @@ def chosen_options(
     shutdown_timeout_s: float,
     shutdown_policy: str,
     allow_larger_target: bool,
+    limit_network: Rate | None,
+    limit_read: Rate | None,
 ) -> RunOptions:
     """The options as values."""
     return RunOptions(
@@ -63,6 +75,7 @@ def chosen_options(
         shutdown_timeout_s=shutdown_timeout_s,
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
+        limits=RunLimits().changed(limit_network, limit_read),
     )
 
 

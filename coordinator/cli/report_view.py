@@ -11,9 +11,9 @@ from coordinator.cli import human
 from coordinator.cli.output import Output, facts, table
 from coordinator.cli.run_view import bars, progress_line
 from coordinator.entries import EntryKind, JournalEntry, Phase
-from coordinator.model import OriginalFlag, Pair, Plan, Refusal, State, VmRef
+from coordinator.model import OriginalFlag, Pair, Plan, Refusal, RunLimits, State, VmRef
 from coordinator.reports import ClosingReport, DiskLine
-from coordinator.states import TABLE, allowed_verbs
+from coordinator.states import IN_PASSING, TABLE, allowed_verbs
 from coordinator.status import PairStatus
 
 STATE_STYLES = {
@@ -116,6 +116,8 @@ def show_status(output: Output, status: PairStatus) -> None:
         rows.append(
             ("Step", f"{'taking back: ' if status.undoing else ''}{status.step_sentence or status.step}{since}")
         )
+    if _unfinished(status) and status.limits != RunLimits():
+        rows.append(("Limits", status.limits.words))
     if status.last_failure:
         rows.append(("Last failure", status.last_failure))
     if status.downtime_s is not None:
@@ -136,7 +138,7 @@ def next_words(status: PairStatus) -> str:
         return f"`failback watch {pair}`" + (
             f" or `failback cancel {pair}`" if "cancel" in {verb.value for verb in allowed_verbs(status.pair)} else ""
         )
-    verbs = sorted(verb.value for verb in allowed_verbs(status.pair))
+    verbs = sorted(verb.value for verb in allowed_verbs(status.pair) - IN_PASSING)
     return " or ".join(f"`failback {verb} {pair}`" for verb in verbs) or "nothing"
 
 
@@ -182,6 +184,8 @@ def show_report(output: Output, report: ClosingReport) -> None:
 def _show_evidence(output: Output, report: ClosingReport) -> None:
     for words, targets in _by_reason((_evidence(line), line.original) for line in report.disks):
         output.say(f"Evidence for {targets}: {words}.")
+    for line in report.disks:
+        output.say(f"{human.step(line.pass_name)} of {line.original}: {_transfer(line)}.")
     if report.evidence:
         output.say(f"{report.evidence[:1].upper()}{report.evidence[1:].rstrip('.')}.")
 
@@ -190,6 +194,22 @@ def _evidence(line: DiskLine) -> str:
     read_back = "" if line.past_cache else "; the read-back went through the page cache"
     why = f"; no higher rung, because {line.why_not_higher.rstrip('.')}" if line.why_not_higher else ""
     return f"{human.rung(line.rung)}{why}{read_back}"
+
+
+def _transfer(line: DiskLine) -> str:
+    """How a disk's data travelled: what was read how, over how many connections, stored how."""
+    accesses = line.source_access
+    if line.target_access != accesses:
+        accesses = f"{accesses} at the source, {line.target_access} at the target"
+    words = f"read by {accesses}, {line.lanes} connection{'' if line.lanes == 1 else 's'}"
+    if not line.frames:
+        return f"{words}, no data sent"
+    count = sum(line.frames.values())
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(line.frames.items()))
+    return (
+        f"{words}, {human.size(line.changed_bytes)} in {count} frame{'' if count == 1 else 's'} ({kinds}), stored in "
+        f"{human.size(line.stored_bytes)}"
+    )
 
 
 def total_sent(report: ClosingReport) -> int:

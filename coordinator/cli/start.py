@@ -43,6 +43,7 @@ def command(session: Session, /, pair: str, foreground: bool, yes: bool, **chose
     \b
     Example:
       failback start web1 --shutdown-timeout 10m --shutdown-policy force
+      failback start web1 --limit-network 800Mbit --limit-read 200MB
     """
     options = chosen_options(**chosen)
     plan = session.run(lambda coordinator: plan_run(coordinator, pair, options))

@@ -21,10 +21,12 @@ Request = Callable[[Disk, int, int], object]
 READING: dict[str, Request] = {
     "read_into": lambda disk, offset, length: disk.read_into(offset, memoryview(bytearray(length))),
     "read_back": lambda disk, offset, length: disk.read_back(offset, memoryview(bytearray(length))),
+    "read_runs": lambda disk, offset, length: disk.read_runs([(offset, length)], memoryview(bytearray(length))),
     "extents": lambda disk, offset, length: list(disk.extents(offset, length)),
 }
 WRITING: dict[str, Request] = {
     "write": lambda disk, offset, length: disk.write(offset, memoryview(bytes(length))),
+    "write_runs": lambda disk, offset, length: disk.write_runs([(offset, length)], memoryview(bytes(length))),
     "write_zeroes": lambda disk, offset, length: disk.write_zeroes(offset, length),
 }
 ALL = READING | WRITING
@@ -104,6 +106,89 @@ def test_a_whole_disk_is_written_in_one_request(storage: Storage) -> None:
     disk.flush()
     assert read(disk, 0, storage.size_bytes) == data
     assert read_back(disk, 0, storage.size_bytes) == data
+
+
+def scattered(size: int, seed: int) -> list[tuple[int, int]]:
+    """Runs of a batch: small and large, some adjoining, some empty, up to the disk's last byte."""
+    chance = random.Random(seed)
+    runs, at = [], 0
+    while at < size - 3 * BLOCK:
+        at += chance.choice((0, 0, 1, 4096, 20_000))
+        runs.append((at, chance.choice((0, 1, 4096, 4096, 4096, 2 * BLOCK + 1))))
+        at += runs[-1][1]
+    return [*runs, (size - 1, 1)]
+
+
+def test_a_batch_of_runs_is_read_end_to_end(storage: Storage) -> None:
+    disk = storage.open(True)
+    content = noise(storage.size_bytes)
+    disk.write(0, memoryview(content))
+    runs = scattered(storage.size_bytes, seed=1)
+    found = memoryview(bytearray(b"\xaa" * sum(length for _, length in runs)))
+    disk.read_runs(runs, found)
+    assert found == b"".join(content[offset : offset + length] for offset, length in runs)
+
+
+def test_a_batch_of_runs_is_written_and_nothing_between_them(storage: Storage) -> None:
+    disk = storage.open(True)
+    expected = bytearray(noise(storage.size_bytes, seed=1))
+    disk.write(0, memoryview(expected))
+    runs = scattered(storage.size_bytes, seed=2)
+    data = noise(sum(length for _, length in runs), seed=2)
+    at = 0
+    for offset, length in runs:
+        expected[offset : offset + length] = data[at : at + length]
+        at += length
+    disk.write_runs(runs, memoryview(data))
+    disk.flush()
+    assert read(disk, 0, storage.size_bytes) == expected
+    assert read_back(disk, 0, storage.size_bytes) == expected
+
+
+def test_thousands_of_small_writes_go_out_in_one_batch(storage: Storage) -> None:
+    disk = storage.open(True)
+    runs = [(offset, 512) for offset in range(0, 8 * MIB, 4096)]
+    data = noise(512 * len(runs))
+    disk.write_runs(runs, memoryview(data))
+    found = memoryview(bytearray(len(data)))
+    disk.read_runs(runs, found)
+    assert found == data
+
+
+def test_an_empty_batch_does_nothing(storage: Storage) -> None:
+    disk = storage.open(True)
+    disk.read_runs([], memoryview(bytearray()))
+    disk.write_runs([], memoryview(b""))
+
+
+@pytest.mark.parametrize(
+    ("runs", "length", "why"),
+    [
+        ([(0, 512), (2**40, 512)], 1024, "outside the disk's"),
+        ([(0, 512), (-5, 5)], 517, "outside the disk's"),
+        ([(0, 512), (1024, -512)], 0, "outside the disk's"),
+        ([(0, 1024), (512, 1024)], 2048, "must rise and not overlap"),
+        ([(4096, 512), (0, 512)], 1024, "must rise and not overlap"),
+        ([(0, 512), (4096, 512)], 1025, "have 1024 bytes and their buffer 1025"),
+        ([], 1, "have 0 bytes and their buffer 1"),
+    ],
+)
+def test_a_batch_is_validated_whole_before_its_first_byte(
+    storage: Storage, runs: list[tuple[int, int]], length: int, why: str
+) -> None:
+    disk = storage.open(True)
+    with pytest.raises(DiskError, match=rf"^Disk vda .*refused: .*{why}") as caught:
+        disk.write_runs(runs, memoryview(b"x" * length))
+    assert caught.value.facts["disk"] == "vda"
+    assert read(disk, 0, 8192) == bytes(8192)
+    with pytest.raises(DiskError, match=why):
+        disk.read_runs(runs, memoryview(bytearray(length)))
+
+
+def test_a_disk_says_how_it_is_reached_and_by_how_many_at_once(storage: Storage) -> None:
+    disk = storage.open(False)
+    assert disk.access
+    assert 1 <= disk.readers <= 16
 
 
 @pytest.mark.parametrize(

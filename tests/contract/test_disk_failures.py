@@ -159,6 +159,50 @@ def test_a_file_made_smaller_is_an_error_never_a_short_read(tmp_path: Path) -> N
     disk.close()
 
 
+def test_a_file_made_larger_is_found_out_when_its_end_is_read(tmp_path: Path) -> None:
+    image = sparse_file(tmp_path / "image", MIB)
+    disk = RawDisk.open("vda", image, writable=False)
+    os.truncate(image, 2 * MIB)
+    assert read(disk, 0, MIB - 1) == bytes(MIB - 1)
+    with pytest.raises(DiskError, match=rf"vda .*made larger meanwhile: {2 * MIB} bytes instead of {MIB}") as caught:
+        read(disk, MIB // 2, MIB // 2)
+    assert caught.value.facts["offset_bytes"] == MIB // 2
+    disk.close()
+
+
+def test_a_batch_that_fails_names_the_run_that_failed(tmp_path: Path) -> None:
+    image = sparse_file(tmp_path / "image", MIB)
+    disk = RawDisk.open("vda", image, writable=False)
+    os.truncate(image, MIB // 2)
+    with pytest.raises(DiskError, match="made smaller") as caught:
+        disk.read_runs([(0, 4096), (MIB // 2 + 4096, 8192), (MIB - 4096, 4096)], memoryview(bytearray(16384)))
+    disk.close()
+    assert caught.value.facts["offset_bytes"] == MIB // 2 + 4096
+    assert caught.value.facts["length_bytes"] == 8192
+
+    storage = MemoryStorage(MIB)
+    storage.fail_next("writing", errno.ENOSPC)
+    with pytest.raises(DiskFull) as full:
+        MemoryDisk("vda", storage).write_runs([(8192, 512), (16384, 512)], NOISE[:1024])
+    assert full.value.facts == {"disk": "vda", "errno": "ENOSPC", "offset_bytes": 8192, "length_bytes": 512}
+
+
+def test_an_export_that_ends_before_its_size_names_the_place(tmp_path: Path) -> None:
+    short = f"pread=if [ $4 -ge {3 * MIB} ]; then echo EIO >&2; exit 1; fi; head -c $3 /dev/zero"
+    with nbdkit(tmp_path, "eval", "get_size=echo 8M", short) as path:
+        disk = NbdDisk.open("vda", path, "", writable=False, past_cache=False)
+        for runs in ([(0, 4 * MIB)], [(0, 2 * MIB), (3 * MIB, MIB), (5 * MIB, MIB)]):
+            with pytest.raises(DiskError, match=r"^Disk vda .*Input/output error") as caught:
+                disk.read_runs(runs, memoryview(bytearray(4 * MIB)))
+            assert caught.value.facts["disk"] == "vda"
+            assert caught.value.facts["offset_bytes"] == 3 * MIB
+        with pytest.raises(DiskError, match="Input/output error") as caught:
+            read(disk, 0, 4 * MIB)
+        assert caught.value.facts["offset_bytes"] == 3 * MIB
+        assert read(disk, 0, 3 * MIB) == bytes(3 * MIB)
+        disk.close()
+
+
 @pytest.mark.root
 def test_reading_back_hears_from_the_storage_not_from_the_cache(tmp_path: Path) -> None:
     need_root()

@@ -51,6 +51,7 @@ from protocol.messages import (
     Request,
     RunPass,
     SetCondition,
+    SetLimits,
     Side,
     SnapshotDescription,
     TargetSize,
@@ -125,6 +126,7 @@ class World:
         self.mapping: dict[str, str] = {}  # original's disk to replica's, of the last pass
         self.writes = 0
         self.passes: dict[str, _Meeting] = {}
+        self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
 
     # --- what tests look at ---------------------------------------------------------------------------------------
@@ -199,7 +201,11 @@ class World:
                     self.mapping = {disk.peer_target: disk.target for disk in request.grant.disks}
                 return Done()
             case RunPass():
+                self.limits[host] = request.limit_network, request.limit_read
                 return await self._run_pass(host, request, on_progress)
+            case SetLimits():
+                self.limits[host] = request.limit_network, request.limit_read
+                return Done()
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
 

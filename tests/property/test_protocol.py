@@ -15,13 +15,23 @@ import msgpack
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from protocol.bulk_connection import BulkConnection
+from protocol.bulk_connection import BulkConnection, superblock_count
 from protocol.codec import MESSAGES, Message, decode, encode
 from protocol.connection import Connection, ControlConnection, Speaker
 from protocol.errors import PeerViolation
 from protocol.framing import frame_prefix
-from protocol.messages import BulkWelcome, Hello, Ping, Role, RunPass, Welcome
-from tests.unit.protocol_house import HELLO, MIB, ranges
+from protocol.messages import (
+    BulkWelcome,
+    CompareSpan,
+    Hello,
+    Ping,
+    Role,
+    RunPass,
+    SpanAnswer,
+    Welcome,
+    ZeroRanges,
+)
+from tests.unit.protocol_house import HELLO, MIB, ranges, span
 
 PLAIN: dict[object, st.SearchStrategy[Any]] = {
     str: st.text(max_size=20),
@@ -112,6 +122,9 @@ def _decodes_or_violates(header: bytes) -> None:
 # --- machines -------------------------------------------------------------------------------------------------------
 
 
+BULK_WELCOME = BulkWelcome(version=2, software="", window_bytes=MIB, ahead_bytes=MIB, lanes=4)
+
+
 def _new_listener() -> Connection:
     return ControlConnection(Speaker.LISTENER)
 
@@ -137,19 +150,33 @@ def _open_target() -> Connection:
     connection = BulkConnection(Speaker.LISTENER)
     connection.feed(_frame(HELLO))
     connection.next_event()
-    connection.send(BulkWelcome(version=1, software="", window_bytes=MIB, ahead_bytes=MIB))
+    connection.send(BULK_WELCOME)
     return connection
 
 
 def _open_source() -> Connection:
     connection = BulkConnection(Speaker.CALLER)
     connection.send(HELLO)
-    connection.feed(_frame(BulkWelcome(version=1, software="", window_bytes=MIB, ahead_bytes=MIB)))
+    connection.feed(_frame(BULK_WELCOME))
     connection.next_event()
     return connection
 
 
-MACHINES: list[Callable[[], Connection]] = [_new_listener, _open_listener, _asking_caller, _open_target, _open_source]
+def _asking_source() -> Connection:
+    connection = _open_source()
+    assert isinstance(connection, BulkConnection)
+    connection.send(*span(1, 0, MIB))
+    return connection
+
+
+MACHINES: list[Callable[[], Connection]] = [
+    _new_listener,
+    _open_listener,
+    _asking_caller,
+    _open_target,
+    _open_source,
+    _asking_source,
+]
 
 
 def _frame(message: Message, number: int = 0, payload: bytes = b"") -> bytes:
@@ -179,23 +206,40 @@ def _ranges_payload(draw: st.DrawFn, count: int) -> bytes:
 
 
 @st.composite
+def questions(draw: st.DrawFn) -> tuple[CompareSpan, int, bytes]:
+    """A question about a span with its payload, in most cases one that may be asked."""
+    blocks = draw(st.lists(st.integers(0, 15), min_size=1, max_size=4, unique=True).map(sorted))
+    at, spoilt = draw(st.integers(0, 3)) * MIB, draw(st.integers(0, 4))
+    message = CompareSpan(
+        batch=draw(st.integers(0, 5)),
+        offset_bytes=at,
+        length_bytes=MIB,
+        superblock_bytes=draw(st.sampled_from([65536, MIB])),
+        detail_bytes=draw(st.sampled_from([4096, 65536])),
+        count=len(blocks),
+    )
+    payload = ranges(*((at + block * 65536, 65536 + (spoilt == 1)) for block in blocks)) + bytes(16 * len(blocks))
+    return message, 0, payload + bytes(16 * (spoilt == 2))
+
+
+@st.composite
 def streams(draw: st.DrawFn) -> bytes:
     """Bytes a peer might send: frames of messages likely and unlikely, good and spoilt, and plain junk."""
     parts: list[bytes] = []
     for _ in range(draw(st.integers(0, 5))):
-        kind = draw(st.integers(0, 3))
+        kind = draw(st.integers(0, 5))
         if kind == 0:
             parts.append(draw(st.binary(max_size=30)))
         elif kind == 1:
             parts.append(_frame(draw(ANY_MESSAGE), draw(st.integers(0, 3)), draw(st.binary(max_size=20))))
         elif kind == 2:
             count = draw(st.integers(1, 3))
-            tag = draw(st.sampled_from(["CompareRanges", "ZeroRanges"]))
-            body: dict[str, object] = {"count": count}
-            body |= {"batch": draw(st.integers(0, 5)), "block_bytes": 512} if tag == "CompareRanges" else {}
-            body |= {"compared": draw(st.booleans())} if tag == "ZeroRanges" else {}
-            payload = _ranges_payload(draw, count)
-            parts.append(frame_prefix(msgpack.packb([tag, 0, body]), len(payload)) + payload)
+            parts.append(_frame(ZeroRanges(count=count), 0, _ranges_payload(draw, count)))
+        elif kind == 3:
+            parts.append(_frame(*draw(questions())))
+        elif kind == 4:
+            answer = SpanAnswer(batch=1, read_bytes=draw(st.integers(0, MIB)), details=0)
+            parts.append(_frame(answer, 0, draw(st.binary(min_size=4, max_size=4))))
         else:
             request = draw(st.one_of(messages_of(Ping), messages_of(RunPass)))
             parts.append(_frame(request, draw(st.integers(0, 4))))
@@ -233,6 +277,30 @@ def test_receiving_in_place_gives_what_feeding_gives(machine: Callable[[], Conne
     except PeerViolation as error:
         sentence = error.sentence
     assert (events, sentence) == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=6),
+    st.integers(0, 65535),
+    st.sampled_from([4096, 65536, 131072, MIB]),
+)
+def test_superblocks_are_counted_as_they_would_be_cut(
+    runs: list[tuple[int, int]], cut_off_bytes: int, superblock_bytes: int
+) -> None:
+    """`runs`: of blocks, each with the gap before it; the end of the last is cut off."""
+    offsets, lengths, end = [], [], 0
+    for gap, blocks in runs:
+        offsets.append(end + gap * 65536)
+        lengths.append(blocks * 65536)
+        end = offsets[-1] + lengths[-1]
+    lengths[-1] -= cut_off_bytes
+    pieces = 0
+    for offset, length in zip(offsets, lengths, strict=True):
+        at = offset
+        while at < offset + length:
+            at = (at // superblock_bytes + 1) * superblock_bytes
+            pieces += 1
+    assert superblock_count(offsets, lengths, superblock_bytes) == pieces
 
 
 @given(st.lists(messages_of(RunPass), min_size=1, max_size=10), st.lists(st.integers(0, 4000), max_size=10))

@@ -21,7 +21,7 @@ from tests.unit.protocol_house import AGENT_NAME, MIB, Certificates
 T = TypeVar("T")
 DEADLINE_S = 20
 VERIFIED = PassVerified(written_bytes=1, zeroed_bytes=0, verified_bytes=1, compared_bytes=1, past_cache=True)
-END = EndOfPass(data_bytes=1, zero_bytes=0, compared_bytes=1)
+END = EndOfPass(lanes=1, data_bytes=1, zero_bytes=0, compared_bytes=1)
 
 
 class Threads:

@@ -17,12 +17,15 @@ import pytest
 
 from coordinator import pki
 from protocol.bulk_connection import BulkConnection
+from protocol.codec import Message, encode
 from protocol.connection import Buffer, Connection, Received, Speaker
-from protocol.errors import PeerEnded
-from protocol.messages import BulkHello, BulkWelcome
+from protocol.errors import PeerEnded, PeerViolation
+from protocol.framing import frame_prefix
+from protocol.messages import BulkHello, BulkWelcome, CompareSpan, SpanAnswer
 from protocol.tls import client_context, server_context
 
 MIB = 2**20
+BLOCK = 65536
 AGENT_NAME = "kvm1.test"
 
 
@@ -110,16 +113,72 @@ def deliver(buffers: list[Buffer], to: Connection) -> list[Received]:
     return events
 
 
-HELLO = BulkHello(versions=(1,), software="test", grant="00" * 16, target="vda", digest_seed=7)
+HELLO = BulkHello(versions=(2,), software="test", grant="00" * 16, target="vda", digest_seed=7)
 
 
-def open_bulk(window_bytes: int = 4 * MIB, ahead_bytes: int = 4 * MIB) -> tuple[BulkConnection, BulkConnection]:
+def span(batch: int, offset_bytes: int, length_bytes: int) -> tuple[CompareSpan, bytes]:
+    """A `CompareSpan` that is data from end to end and one block a superblock, without details; with its payload."""
+    message = CompareSpan(
+        batch=batch,
+        offset_bytes=offset_bytes,
+        length_bytes=length_bytes,
+        superblock_bytes=65536,
+        detail_bytes=65536,
+        count=1,
+    )
+    return message, ranges((offset_bytes, length_bytes)) + bytes(16 * -(-length_bytes // 65536))
+
+
+def open_bulk(
+    window_bytes: int = 4 * MIB, ahead_bytes: int = 4 * MIB, lanes: int = 2
+) -> tuple[BulkConnection, BulkConnection]:
     """Source and target, past the handshake."""
     source, target = BulkConnection(Speaker.CALLER), BulkConnection(Speaker.LISTENER)
     deliver(source.send(HELLO), target)
-    welcome = BulkWelcome(version=1, software="test", window_bytes=window_bytes, ahead_bytes=ahead_bytes)
+    welcome = BulkWelcome(version=2, software="test", window_bytes=window_bytes, ahead_bytes=ahead_bytes, lanes=lanes)
     deliver(target.send(welcome), source)
     return source, target
+
+
+def compare(
+    *pairs: tuple[int, int],
+    batch: int = 1,
+    at: int = 0,
+    length: int = MIB,
+    superblock: int = BLOCK,
+    detail: int = BLOCK,
+    digests: int | None = None,
+    count: int | None = None,
+) -> tuple[CompareSpan, bytes]:
+    """A question about the span of `length` bytes at `at` whose data are `pairs`; a digest for each by default."""
+    message = CompareSpan(
+        batch=batch,
+        offset_bytes=at,
+        length_bytes=length,
+        superblock_bytes=superblock,
+        detail_bytes=detail,
+        count=len(pairs) if count is None else count,
+    )
+    return message, ranges(*pairs) + bytes(16 * (len(pairs) if digests is None else digests))
+
+
+def answer(batch: int = 1, read: int = 0, details: int = 0) -> SpanAnswer:
+    """An answer to that batch."""
+    return SpanAnswer(batch=batch, read_bytes=read, details=details)
+
+
+def violates(connection: BulkConnection, message: Message, payload: bytes, why: str) -> None:
+    """The message kills the connection, for ever."""
+    connection.feed(frame_prefix(encode(message), len(payload)) + payload)
+    with pytest.raises(PeerViolation, match=why):
+        connection.next_event()
+    with pytest.raises(PeerViolation, match=why):
+        connection.next_event()
+
+
+def ask_nine(source: BulkConnection, target: BulkConnection) -> None:
+    """A span of nine superblocks: eight of 128 KiB, one of 64; its details are its 17 blocks."""
+    deliver(source.send(*compare((0, MIB), (2 * MIB, BLOCK), length=3 * MIB, superblock=2 * BLOCK, digests=9)), target)
 
 
 @contextmanager

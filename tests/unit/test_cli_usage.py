@@ -26,7 +26,7 @@ def failback(tmp_path: Path) -> Command:
 
 
 def test_every_verb_the_product_promises_is_there() -> None:
-    promised = "register failover plan start status watch commit undo cancel resume pairs history pki completion"
+    promised = "register failover plan start status watch commit undo cancel resume limit pairs history pki completion"
     assert set(VERBS) == set(promised.split())
 
 

@@ -201,7 +201,7 @@ class TestARun:
         assert value["state"] == "Syncing"
         status = taken_over.json("status", PAIR)
         assert (status["active"], status["step"]) == (False, "fence_original")
-        assert set(status["allowed"]) == {"resume", "cancel"}
+        assert set(status["allowed"]) == {"resume", "cancel", "limit"}
         assert "cannot be asked" in taken_over("status", PAIR).stdout
         taken_over.grace_s = 0.0
         watched = taken_over("watch", PAIR)

@@ -12,7 +12,7 @@ from coordinator import journal, registry
 from coordinator.database import Database
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import UsageError, WrongState
-from coordinator.model import Newest, OperatorCall, OriginalFlag, RunOptions, ShutdownPolicy, State
+from coordinator.model import Newest, OperatorCall, OriginalFlag, RunLimits, RunOptions, ShutdownPolicy, State
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.plain import from_json, to_json
 from coordinator.progress import ProgressMeter
@@ -90,10 +90,10 @@ def test_a_request_is_claimed_once_and_answered_once(database: Database) -> None
     with database.transaction() as connection:
         asked = journal.ask(connection, pair="web", run="r1", verb="cancel", actor="me", at_s=1.0)
     with database.transaction() as connection:
-        claimed = journal.claim(connection, "web", "r1")
+        claimed = journal.claim(connection, "web", "r1", "cancel")
         assert claimed is not None
         assert (claimed.id, claimed.verb, claimed.claimed) == (asked, "cancel", True)
-        assert journal.claim(connection, "web", "r1") is None
+        assert journal.claim(connection, "web", "r1", "cancel") is None
         journal.answer(connection, asked, "done")
         journal.answer(connection, asked, "done twice")
         assert journal.get_request(connection, asked).answer == "done"
@@ -102,7 +102,7 @@ def test_a_request_is_claimed_once_and_answered_once(database: Database) -> None
 def test_a_request_to_another_run_is_not_claimed(database: Database) -> None:
     with database.transaction() as connection:
         journal.ask(connection, pair="web", run="r0", verb="cancel", actor="me", at_s=1.0)
-        assert journal.claim(connection, "web", "r1") is None
+        assert journal.claim(connection, "web", "r1", "cancel") is None
 
 
 def test_only_the_latest_progress_is_kept(database: Database) -> None:
@@ -196,3 +196,7 @@ def test_one_process_holds_a_pair(tmp_path: Path) -> None:
         assert is_locked(tmp_path, "web")
         assert not is_locked(tmp_path, "mail")
     assert not is_locked(tmp_path, "web")
+
+
+def test_options_of_a_run_from_before_there_were_limits_are_read() -> None:
+    assert from_json('{"power_on":false}', RunOptions) == RunOptions(power_on=False, limits=RunLimits())

@@ -18,18 +18,18 @@ from protocol.messages import (
     BlockData,
     BulkMessage,
     Codec,
-    CompareRanges,
+    CompareSpan,
     Credit,
     EndOfPass,
     PassFailed,
     PassVerified,
-    RangeDigests,
     Role,
+    SpanAnswer,
     ZeroRanges,
 )
 from protocol.tls import PeerIdentity
 from tests.unit.bulk_house import DEADLINE_S, END, VERIFIED, Threads, connected, listening
-from tests.unit.protocol_house import AGENT_NAME, MIB, Certificates, block_payload, make_certificates, ranges
+from tests.unit.protocol_house import AGENT_NAME, MIB, Certificates, block_payload, make_certificates, ranges, span
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_a_whole_pass_goes_through_in_both_directions_at_once(certificates: Cert
         while True:
             message, payload = target.receive()
             match message:
-                case CompareRanges():
-                    target.send(RangeDigests(batch=message.batch, read_bytes=0), os.urandom(16 * 16))
+                case CompareSpan():
+                    target.send(SpanAnswer(batch=message.batch, read_bytes=0, details=0), b"\xff\xff\0\0")
                 case BlockData():
                     got.append(bytes(payload[48:]))
                     target.send(Credit(payload_bytes=len(payload)))
@@ -82,7 +82,7 @@ def test_a_whole_pass_goes_through_in_both_directions_at_once(certificates: Cert
     with connected(certificates, threads, window_bytes=3 * MIB) as (source, target):
         got, heard = threads.start(lambda: receive_all(target)), threads.start(lambda: listen(source))
         for number in range(count):
-            source.send(CompareRanges(batch=number + 1, block_bytes=65536, count=1), ranges((number * MIB, MIB)))
+            source.send(*span(number + 1, number * MIB, MIB))
             source.send(
                 BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB), *block_payload(number * MIB, blocks[number % 4])
             )
@@ -91,7 +91,7 @@ def test_a_whole_pass_goes_through_in_both_directions_at_once(certificates: Cert
         source.send(END)
         assert got.result(DEADLINE_S) == [blocks[number % 4] for number in range(count)]
         messages = heard.result(DEADLINE_S)
-        assert [m.batch for m in messages if isinstance(m, RangeDigests)] == list(range(1, count + 1))
+        assert [m.batch for m in messages if isinstance(m, SpanAnswer)] == list(range(1, count + 1))
         assert messages[-1] == VERIFIED
         assert not any(isinstance(m, Credit) for m in messages)
         assert source.bytes_sent == target.bytes_received > count * MIB
@@ -107,7 +107,7 @@ def test_block_data_waits_until_there_is_window(certificates: Certificates, thre
         second = threads.start(lambda: source.send(message, *pieces))
         _, payload = target.receive()
         assert not second.done()
-        source.send(ZeroRanges(count=1, compared=False), ranges((0, 512)))  # the wait holds nobody else up
+        source.send(ZeroRanges(count=1), ranges((0, 512)))  # the wait holds nobody else up
         assert isinstance(target.receive()[0], ZeroRanges)
         assert not second.done()
         target.send(Credit(payload_bytes=len(payload)))
@@ -115,16 +115,15 @@ def test_block_data_waits_until_there_is_window(certificates: Certificates, thre
         assert isinstance(target.receive()[0], BlockData)
 
 
-def test_ranges_wait_until_earlier_ones_are_answered(certificates: Certificates, threads: Threads) -> None:
+def test_spans_wait_until_earlier_ones_are_answered(certificates: Certificates, threads: Threads) -> None:
     with connected(certificates, threads, ahead_bytes=MIB) as (source, target):
-        source.send(CompareRanges(batch=1, block_bytes=65536, count=1), ranges((0, MIB)))
-        second = threads.start(
-            lambda: source.send(CompareRanges(batch=2, block_bytes=65536, count=1), ranges((MIB, MIB)))
-        )
-        assert isinstance(target.receive()[0], CompareRanges)
+        source.send(*span(1, 0, MIB))
+        second = threads.start(lambda: source.send(*span(2, MIB, MIB)))
+        assert isinstance(target.receive()[0], CompareSpan)
         assert not second.done()
-        target.send(RangeDigests(batch=1, read_bytes=MIB), bytes(256))
-        assert source.receive()[0] == RangeDigests(batch=1, read_bytes=MIB)
+        answer = SpanAnswer(batch=1, read_bytes=MIB, details=0)
+        target.send(answer, bytes(4))
+        assert source.receive()[0] == answer
         second.result(DEADLINE_S)
 
 
@@ -132,7 +131,7 @@ def test_what_can_never_fit_the_window_is_misuse(certificates: Certificates, thr
     with connected(certificates, threads, window_bytes=MIB) as (source, target):
         with pytest.raises(LocalMisuse, match="window"):
             source.send(BlockData(count=1, codec=Codec.RAW, plain_bytes=MIB), *block_payload(0, bytes(MIB)))
-        source.send(ZeroRanges(count=1, compared=True), ranges((0, 512)))
+        source.send(ZeroRanges(count=1), ranges((0, 512)))
         assert isinstance(target.receive()[0], ZeroRanges)
 
 
@@ -187,13 +186,13 @@ def test_payloads_go_into_the_buffers_the_caller_gives(certificates: Certificate
         target, _ = accepted.result(DEADLINE_S)
         target.welcome(window_bytes=MIB, ahead_bytes=MIB)
         source, _ = connecting.result(DEADLINE_S)
-        source.send(CompareRanges(batch=1, block_bytes=65536, count=1), ranges((0, MIB)))
+        source.send(*span(1, 0, MIB))
         target.receive()
-        digests = os.urandom(256)
-        target.send(RangeDigests(batch=1, read_bytes=0), digests)
+        rows = b"\xab\xcd\xab\0"
+        target.send(SpanAnswer(batch=1, read_bytes=0, details=0), rows)
         _, payload = source.receive()
         assert payload is given[0]
-        assert payload == digests
+        assert payload == rows
         source.shutdown()
         source.close()
         target.shutdown()

@@ -154,7 +154,7 @@ def test_a_source_without_a_common_version_hears_both_sides_versions(
             while data := sock.recv(4096):
                 said += data
         assert b"Goodbye" in said
-        assert b"version 1" in said
+        assert b"version 2" in said
         assert b"speaks 9" in said
         with pytest.raises(ConnectionLost, match="cannot be spoken with"):
             accepted.result(DEADLINE_S)

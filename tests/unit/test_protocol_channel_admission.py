@@ -125,13 +125,13 @@ async def test_a_peer_without_a_common_version_hears_both_sides_versions(certifi
         assert isinstance(error, PeerEnded)
         assert error.goodbye_code == "version"
         assert "7, 8" in error.sentence
-        assert "version 1" in error.sentence
+        assert "version 2" in error.sentence
 
 
 async def test_a_peer_that_says_it_is_an_agent_is_refused(certificates: Certificates) -> None:
     async with serving(Service(describe), certificates) as port:
         stream = await _shake_hands(port, certificates)
-        error = await _talk(stream, Hello(versions=(1,), software="x", role=Role.AGENT))
+        error = await _talk(stream, Hello(versions=(2,), software="x", role=Role.AGENT))
         assert isinstance(error, PeerEnded)
         assert error.goodbye_code == "forbidden"
 

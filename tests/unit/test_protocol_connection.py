@@ -285,14 +285,14 @@ def _chunks(data: bytes) -> list[bytes]:
 
 
 def test_the_highest_common_version_is_agreed_on() -> None:
-    assert agree((3, 1, 2)) == 1
-    assert agree((2, 3)) is None
+    assert agree((3, 1, 2)) == 2
+    assert agree((1, 3)) is None
     assert agree(()) is None
 
 
 def test_without_a_common_version_both_sides_versions_are_named() -> None:
     sentence = no_common_version((9, 8), "the agent on kvm1")
-    assert "the agent on kvm1 speaks protocol version 1" in sentence
+    assert "the agent on kvm1 speaks protocol version 2" in sentence
     assert "speaks 8, 9" in sentence
     assert "install the same release" in sentence
     assert len(no_common_version(tuple(range(60_000)), "x")) < 300

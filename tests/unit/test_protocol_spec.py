@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
+from xxhash import xxh3_128_digest
 
 import protocol
 from protocol import limits, messages
@@ -18,7 +20,7 @@ from protocol.bulk_connection import BULK_TABLE
 from protocol.codec import MESSAGES, decode, encode, members
 from protocol.connection import CONTROL_TABLE, ControlConnection, Speaker, State, Table
 from protocol.framing import PREFIX, frame_prefix
-from protocol.messages import CompareRanges, Reply, Request
+from protocol.messages import CompareSpan, Reply, Request, SpanAnswer
 from tests.unit.protocol_house import deliver, open_bulk
 
 SPEC = (Path(next(iter(protocol.__path__))) / "SPEC.md").read_text("utf-8")
@@ -69,7 +71,7 @@ def test_every_limit_on_the_wire_is_documented_with_its_value() -> None:
     for name, value in vars(limits).items():
         if isinstance(value, limits.FrameLimits):
             values |= {f"{name}.header_bytes": value.header_bytes, f"{name}.payload_bytes": value.payload_bytes}
-        elif isinstance(value, int) and name.startswith(("MAX_", "MIN_")):
+        elif isinstance(value, int) and name.startswith(("MAX_", "MIN_", "BLOCK_")):
             values[name] = value
     own_taste = {"MAX_CONTROL_CONNECTIONS", "MAX_HANDSHAKES"}
     assert rows == {name: value for name, value in values.items() if name not in own_taste}
@@ -121,7 +123,7 @@ def test_the_worked_example_is_what_the_codec_writes() -> None:
 
 
 def test_the_worked_example_is_a_conversation_that_the_machines_accept() -> None:
-    hello, welcome, question, answer, compare, data, credit = _example()
+    hello, welcome, question, answer, compare, differs, data = _example()
     caller, listener = ControlConnection(Speaker.CALLER), ControlConnection(Speaker.LISTENER)
     (event,) = deliver([hello], listener)
     caller.say(event.message)
@@ -134,8 +136,19 @@ def test_the_worked_example_is_a_conversation_that_the_machines_accept() -> None
 
     source, target = open_bulk()
     (event,) = deliver([compare], target)
-    assert isinstance(event.message, CompareRanges)
+    assert isinstance(event.message, CompareSpan)
+    source.send(event.message, event.payload)
+    (event,) = deliver([differs], source)
+    assert isinstance(event.message, SpanAnswer)
+    target.send(event.message, event.payload)
     (event,) = deliver([data], target)
     assert isinstance(event.message, messages.BlockData)
     source.send(event.message, event.payload)
-    assert len(deliver([credit], source)) == 1
+
+
+def test_the_digests_of_the_worked_example_are_made_as_it_says() -> None:
+    """A superblock of two blocks, one of 512 bytes, and two details of ones at the target; seed 7."""
+    block, short = xxh3_128_digest(bytes(65536), 7), xxh3_128_digest(bytes(512), 7)
+    assert _example()[4].endswith(xxh3_128_digest(block + block, 7) + short)
+    assert _example()[5].endswith(b"\x80\0" + xxh3_128_digest(b"\1" * 65536, 7) * 2)
+    assert blake3(_example()[6][-16:]).digest() in _example()[6]

@@ -13,8 +13,19 @@ from sqlalchemy import Connection, update
 from coordinator import schema
 from coordinator.database import Database
 from coordinator.errors import ExitCode, WrongState
-from coordinator.model import DiskPair, Newest, OperatorCall, OriginalFlag, Pair, RestorePoint, RunOptions, State, VmRef
-from coordinator.states import TABLE, Verb, allowed_verbs, check_move, check_verb, describe
+from coordinator.model import (
+    DiskPair,
+    Newest,
+    OperatorCall,
+    OriginalFlag,
+    Pair,
+    Rate,
+    RestorePoint,
+    RunOptions,
+    State,
+    VmRef,
+)
+from coordinator.states import IN_PASSING, TABLE, Verb, allowed_verbs, check_move, check_verb, describe
 from tests.unit.coordinator_house import PAIR, House
 
 WAITING = OperatorCall(sentence="prod is gone", exits=("resume",), before=State.SWITCHING)
@@ -71,16 +82,24 @@ def test_a_verb_in_the_wrong_state_is_refused_and_told_what_is_allowed(state: St
     assert caught.value.exit_code is ExitCode.REFUSED
 
 
-def test_unfinished_states_other_than_syncing_allow_nothing_but_resume() -> None:
+def test_unfinished_states_other_than_syncing_are_left_by_nothing_but_resume() -> None:
     for state in (State.ROLLING_BACK, State.CANCELLING, State.UNDOING, State.COMMITTING, State.SWITCHING):
-        assert TABLE[state].verbs == {Verb.RESUME}
+        assert TABLE[state].verbs - IN_PASSING == {Verb.RESUME}
+
+
+def test_limits_may_change_as_long_as_a_pass_may_come() -> None:
+    allowing = {state for state in State if Verb.LIMIT in TABLE[state].verbs}
+    assert allowing == {State.SYNCING, State.READY_TO_SWITCH, State.SWITCHING, State.NEEDS_OPERATOR}
+    undone = replace(WAITING, before=State.UNDOING)
+    assert allowed_verbs(pair_in(State.NEEDS_OPERATOR, undone)) == {Verb.RESUME}
 
 
 def test_needs_operator_allows_only_the_exits_it_names() -> None:
     pair = pair_in(State.NEEDS_OPERATOR, WAITING)
-    assert allowed_verbs(pair) == {Verb.RESUME}
+    assert allowed_verbs(pair) - IN_PASSING == {Verb.RESUME}
     assert "prod is gone" in describe(pair)
-    assert allowed_verbs(replace(pair, operator=replace(WAITING, exits=("resume", "undo")))) == {Verb.RESUME, Verb.UNDO}
+    undoable = replace(pair, operator=replace(WAITING, exits=("resume", "undo")))
+    assert allowed_verbs(undoable) - IN_PASSING == {Verb.RESUME, Verb.UNDO}
 
 
 @pytest.mark.parametrize("state", list(State))
@@ -106,6 +125,7 @@ async def test_every_verb_in_every_state_through_the_front_door(tmp_path: Path, 
             Verb.COMMIT: lambda: coordinator.commit(PAIR, RestorePoint.DROP),
             Verb.UNDO: lambda: coordinator.undo(PAIR),
             Verb.RESUME: lambda: coordinator.resume(PAIR),
+            Verb.LIMIT: lambda: coordinator.set_limits(PAIR, network=Rate(None)),
         }
         before = await coordinator.get_pair(PAIR)
         for verb, door in doors.items():

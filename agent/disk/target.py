@@ -1,0 +1,190 @@
+"""`TargetImage`: a qcow2 image that we hold alone; read from its file until the first write, by qemu-nbd from then on.
+
+Much of a pass is reading and comparing, and a target that turns out to be equal is never written at all. Until
+something is written the image is closed, and its cluster map holds. The first write waits for every read that still
+goes by the map, and starts the qemu-nbd; the map is never used again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from agent.disk.gate import Gate
+from agent.disk.lock import HeldImage
+from agent.disk.mapped import MappedDisk
+from agent.disk.qemu_nbd import CONNECTIONS
+from agent.disk.runs import Run
+from agent.disk.seam import Disk, Extent
+
+_EXTENTS_AT_ONCE = 1024
+
+
+class TargetImage:
+    """A `Disk` for writing; open it with `TargetImage.open`."""
+
+    def __init__(self, gate: Gate, held: HeldImage, serve: Callable[[], Disk]) -> None:
+        self._gate = gate
+        self._held = held
+        self._serve = serve
+        self._changed = threading.Condition()
+        self._readers = 0
+        self._switching = False
+        self._mapped: MappedDisk | None = None
+        self._starting = threading.Lock()
+        self._served: Disk | None = None
+        self._past_cache = False
+
+    @classmethod
+    def open(cls, name: str, path: Path, image_format: str, held: HeldImage, serve: Callable[[], Disk]) -> TargetImage:
+        """Open a closed image.
+
+        Args:
+            name: what messages call the disk.
+            path: file or block device.
+            image_format: QEMU's name of the format.
+            held: its exclusive lock; owned by the disk if it comes about, and held until its last writer is gone.
+            serve: starts the qemu-nbd that writes the image under that lock, and connects to it.
+
+        Raises:
+            NotMapped: it may not be read by its map.
+        """
+        gate = Gate(name, str(path), 0, writable=True)
+        target = cls(gate, held, serve)
+        mapped = MappedDisk.open(name, path, image_format, target._server, held=held, idle=False)
+        gate.size_bytes = mapped.size_bytes
+        target._mapped = mapped
+        target._past_cache = mapped.reads_back_past_cache
+        return target
+
+    @property
+    def name(self) -> str:
+        return self._gate.name
+
+    @property
+    def size_bytes(self) -> int:
+        return self._gate.size_bytes
+
+    @property
+    def access(self) -> str:
+        mapped = self._mapped
+        return "NBD (since the first write)" if mapped is None else mapped.access
+
+    @property
+    def readers(self) -> int:
+        return CONNECTIONS
+
+    @property
+    def reads_back_past_cache(self) -> bool:
+        return self._past_cache
+
+    def _server(self) -> Disk:
+        with self._starting:
+            if self._served is None:
+                self._served = self._serve()
+            return self._served
+
+    @contextmanager
+    def _reading(self) -> Iterator[Disk]:
+        """The disk to read from: the map, which then stays until we are done, or the server."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._switching)
+            mapped = self._mapped
+            if mapped is not None:
+                self._readers += 1
+        if mapped is None:
+            yield self._server()
+            return
+        try:
+            yield mapped
+        finally:
+            with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    def _writing(self) -> Disk:
+        """The disk to write to. From the first call on nothing is read by the map any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._switching)
+            mapped = self._mapped
+            if mapped is None:
+                return self._server()
+            self._switching = True
+            self._changed.wait_for(lambda: self._readers == 0)
+        try:
+            served = self._server()  # a failure changes nothing: the map still holds
+            self._mapped = None
+        finally:
+            with self._changed:
+                self._switching = False
+                self._changed.notify_all()
+        mapped.close()
+        return served
+
+    def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
+        with self._gate.request("reading", offset_bytes, buffer.nbytes), self._reading() as disk:
+            disk.read_into(offset_bytes, buffer)
+
+    def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading", runs, buffer.nbytes), self._reading() as disk:
+            disk.read_runs(runs, buffer)
+
+    def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
+        with self._gate.request("reading back", offset_bytes, buffer.nbytes), self._reading() as disk:
+            disk.read_back(offset_bytes, buffer)
+
+    def write(self, offset_bytes: int, data: memoryview) -> None:
+        with self._gate.request("writing", offset_bytes, data.nbytes, writes=True):
+            self._writing().write(offset_bytes, data)
+
+    def write_runs(self, runs: Sequence[Run], data: memoryview) -> None:
+        with self._gate.batch("writing", runs, data.nbytes, writes=True):
+            self._writing().write_runs(runs, data)
+
+    def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
+        with self._gate.request("zeroing", offset_bytes, length_bytes, writes=True):
+            self._writing().write_zeroes(offset_bytes, length_bytes)
+
+    def flush(self) -> None:
+        with self._gate.request("flushing", 0, 0, writes=True):
+            served = self._served
+            if served is not None:
+                served.flush()
+
+    def extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
+        self._gate.check("mapping", offset_bytes, length_bytes)
+        return self._extents(offset_bytes, offset_bytes + length_bytes)
+
+    def _extents(self, offset_bytes: int, end: int) -> Iterator[Extent]:
+        """By the map as long as it holds, some at a time so that a slow caller does not keep writers waiting."""
+        pending: Extent | None = None
+        while offset_bytes < end:
+            with self._gate.request("mapping", offset_bytes, end - offset_bytes), self._reading() as disk:
+                told = disk.extents(offset_bytes, end - offset_bytes)
+                if disk is self._mapped:
+                    told = iter(list(islice(told, _EXTENTS_AT_ONCE)))
+            for extent in told:
+                offset_bytes = extent.offset_bytes + extent.length_bytes
+                if pending is not None and pending.zero == extent.zero:
+                    pending = Extent(pending.offset_bytes, offset_bytes - pending.offset_bytes, extent.zero)
+                    continue
+                if pending is not None:
+                    yield pending
+                pending = extent
+        if pending is not None:
+            yield pending
+
+    def close(self) -> None:
+        if self._gate.close():
+            try:
+                if self._mapped is not None:
+                    self._mapped.close()
+            finally:
+                try:
+                    if self._served is not None:
+                        self._served.close()
+                finally:
+                    self._held.close()
