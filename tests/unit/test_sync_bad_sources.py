@@ -341,3 +341,19 @@ async def test_data_after_the_end_is_not_read() -> None:
     assert target.content == OURS.content
     assert ending.failure is None
     assert EndOfPass not in [type(message) for message in ending.heard]
+
+
+async def test_a_source_that_spoke_of_more_connections_than_came_and_hung_up_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(target_side, "SIGN_OF_LIFE_S", 0.02)
+
+    def script(end: ScriptedEnd) -> None:
+        ask(end, CONTENT)
+        answered(end)
+        end_of_pass(end, lanes=2)
+        while end.hear()[0] != Credit(payload_bytes=0):
+            pass
+        end.shutdown()
+
+    assert isinstance((await target_against(storage(1), script)).failure, ConnectionLost)
