@@ -163,7 +163,7 @@ def test_a_map_that_does_not_cover_the_disk_is_refused(extents: list[Extent]) ->
 
 
 def test_a_span_tells_its_data_and_its_zeroes() -> None:
-    span = Span(3, 4 * B, 10 * B, to_ranges([(5 * B, B), (8 * B, 2 * B)]))
+    span = Span(3, 4 * B, 10 * B, to_ranges([(5 * B, B), (8 * B, 2 * B)]), 3 * B)
     assert (span.data_bytes, span.zero_bytes, span.end_bytes) == (3 * B, 7 * B, 14 * B)
 
 

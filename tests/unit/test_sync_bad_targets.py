@@ -80,7 +80,7 @@ async def test_an_answer_of_the_wrong_length_is_refused(size: int) -> None:
 async def test_an_answer_that_contradicts_itself_is_refused_naming_the_offset() -> None:
     def script(end: ScriptedEnd) -> None:
         asked = question(end)
-        end.say(SpanAnswer(batch=asked.batch, read_bytes=0, details=0), bytes([0b10000000, 0]))
+        end.say(SpanAnswer(batch=asked.batch, read_bytes=0, details=1), bytes([0b10000000, 0]) + bytes(16))
 
     await refused(script, "from byte 0 on contradicts itself")
 
