@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TESTS ?= tests
 UNDO ?=
+NAMES ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test demo clean
+.PHONY: help setup packages check format test demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -42,7 +43,11 @@ test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)
 
+bench: setup ## every benchmark, an hour and a half or so, with a report in bench/report (NAMES="memory sparse" for some)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m bench.report $(NAMES)
+
 clean: ## remove everything that the other commands made here
-	rm -rf $(VENV) .lab demo-run build failback.egg-info
+	rm -rf $(VENV) .lab demo-run build bench/report failback.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

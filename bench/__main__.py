@@ -1,98 +1,85 @@
-"""``python -m bench NAME [--json]``: run one benchmark; the last line of output is its JSON object with ``--json``."""
+"""``python -m bench NAME [--json]``: run one benchmark; with ``--json`` the last line of output is its JSON object."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench import images, machine
-from bench.farm import open_farm
+from bench import machine
+from bench.benchmark import Settings
+from bench.catalog import BENCHMARKS
+from bench.farm import say
+from bench.measure import failed, judged
 from tests.lab import reaper
-from tests.lab.guest import build_guest
-
-REPOSITORY = Path(__file__).parents[1]
-TARGET_OF_COMPARE = 0.20
-
-
-def compare_vs_rsync(folder: Path, size_bytes: int, rounds: int) -> dict[str, object]:
-    """Full comparison of a raw image of which 3% of the data blocks changed ÷ rsync of the same, both flushed.
-
-    The page cache is warm. Rounds are interleaved; before each the same places get new bytes, on both sources.
-    """
-    ours, theirs = folder / "ours.raw", folder / "rsync.raw"
-    source, peer = folder / "source.raw", folder / "rsync-source.raw"
-    data_bytes = images.make(source, size_bytes, seed=1)
-    for copy in (ours, theirs, peer):
-        shutil.copyfile(source, copy)
-    runs: list[dict[str, float]] = []
-    changed_bytes = 0
-    with open_farm(folder / "farm", build_guest(REPOSITORY / ".lab"), ours, source) as farm:
-        for number in range(rounds + 1):
-            for image in (source, peer):
-                changed_bytes = images.change(image, share=0.03, seed=number, data_seed=1)
-            os.sync()
-            pass_s, report = farm.pass_s()
-            started = time.monotonic()
-            # --ignore-times: a change within the second of the last run would be skipped by size and time alone.
-            words = ["rsync", "--inplace", "--no-whole-file", "--fsync", "--ignore-times", str(peer), str(theirs)]
-            subprocess.run(words, check=True)
-            rsync_s = time.monotonic() - started
-            sent = sum(disk["sent_bytes"] for disk in report["disks"])
-            if number:  # the first round warms caches and is not counted
-                runs.append({"failback_s": pass_s, "rsync_s": rsync_s, "sent_bytes": sent})
-            print(f"round {number}: failback {pass_s:.2f} s, rsync {rsync_s:.2f} s", file=sys.stderr)
-    same = subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), str(ours)], check=False)
-    if same.returncode:
-        raise SystemExit("the target does not equal the source: the numbers mean nothing")
-    ratio = statistics.median(run["failback_s"] / run["rsync_s"] for run in runs)
-    return {
-        "ratio": round(ratio, 3),
-        "target": TARGET_OF_COMPARE,
-        "met": ratio <= TARGET_OF_COMPARE,
-        "size_bytes": size_bytes,
-        "data_bytes": data_bytes,
-        "changed_bytes": changed_bytes,
-        "page_cache": "warm",
-        "runs": runs,
-    }
-
-
-BENCHMARKS: dict[str, Callable[[Path, int, int], dict[str, object]]] = {"compare-vs-rsync": compare_vs_rsync}
 
 
 def main() -> None:
     """Parse the command line, run, print."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", choices=sorted(BENCHMARKS))
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--size-gib", type=float, default=8.0)
-    arguments = parser.parse_args()
-    reaper.become_child_of_reaper()  # libvirt waits long for a QEMU that nobody reaps
+    arguments = _parser().parse_args()
+    if arguments.list:
+        for benchmark in BENCHMARKS.values():
+            print(f"{benchmark.name:20} {benchmark.target or '-'!s:8} {benchmark.summary}")
+        return
+    benchmark = BENCHMARKS[arguments.name]
+    if benchmark.needs_root and os.geteuid():
+        raise SystemExit(f"{benchmark.name} makes network namespaces: run it as root")
+    # libvirt waits long for a QEMU that nobody reaps; the reaper also ends whatever is left behind.
+    reaper.become_child_of_reaper()
+    signal.signal(signal.SIGTERM, _interrupt)
+    with own_folder() as folder:
+        settings = Settings(folder, arguments.size_gib, arguments.rounds, arguments.dense_gib)
+        try:
+            result = benchmark.run(settings)
+        except (Exception, SystemExit) as error:
+            if arguments.json:
+                print(json.dumps(failed(benchmark.name, benchmark.target, error)))
+            raise
+    found = judged(benchmark.name, benchmark.target, result, machine.describe())
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    verdict = "" if benchmark.target is None else f" (target {benchmark.target}, {'met' if found['met'] else 'missed'})"
+    print(f"{benchmark.name}: {found['ratio']} {result.unit}{verdict}{', noisy' if result.noisy else ''}")
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder in ``$TMPDIR`` that goes away whatever happens in it."""
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("TMPDIR")))
     try:
-        (folder / "farm").mkdir()
-        size_bytes = int(arguments.size_gib * 1024) // 16 * (16 << 20)
-        result = BENCHMARKS[arguments.name](folder, size_bytes, arguments.rounds)
+        yield folder
     finally:
-        shutil.rmtree(folder)
-    result = {"name": arguments.name, **result, "machine": machine.describe()}
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{arguments.name}: {result['ratio']} (target {result['target']}, {'met' if result['met'] else 'missed'})"
-        )
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            say(f"{folder} could not be removed whole: remove it by hand")
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    """SIGTERM ends a benchmark as Ctrl-C does: everything is taken down on the way out."""
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=sorted(BENCHMARKS), metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="print the names, their targets and what they measure")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
+    parser.add_argument("--size-gib", type=float, help="size of the disks instead of the benchmark's own choice")
+    parser.add_argument("--dense-gib", type=float, default=1024.0, help="memory: size of the dense synthetic disk")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -12,10 +12,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.delta.blocks import BLOCK_BYTES, Ranges, owners, positions, split
+from agent.delta.blocks import Ranges, owners, positions, split
 from agent.delta.digests import (
     DIGEST_BYTES,
     Digests,
+    block_digests,
     digests_from_wire,
     piece_digests,
     superblock_digests,
@@ -58,12 +59,19 @@ class Held:
         owner = owners(self.ranges, pieces)
         return np.asarray(positions(self.ranges)[owner] + (pieces[:, 0] - self.ranges[owner, 0]), dtype=np.uint64)
 
+    def blocks(self, *, seed: int) -> list[bytes]:
+        """The digest of each block of the ranges."""
+        digests: list[bytes] = []
+        at = 0
+        for length in self.ranges[:, 1].tolist():
+            digests += block_digests(self.buffer[at : at + length], seed=seed)
+            at += length
+        return digests
+
     def superblocks(self, superblock_bytes: int, *, seed: int) -> tuple[Ranges, Digests]:
         """The superblocks of the ranges and their digests."""
-        blocks = split(self.ranges, BLOCK_BYTES)
-        digests = piece_digests(self.buffer, blocks[:, 1], seed=seed)
-        superblocks = split(self.ranges, superblock_bytes)
-        return superblocks, superblock_digests(blocks, digests, superblocks, seed=seed)
+        digests = superblock_digests(self.ranges.tolist(), self.blocks(seed=seed), superblock_bytes, seed=seed)
+        return split(self.ranges, superblock_bytes), digests_from_wire(b"".join(digests))
 
     def details(self, pieces: Ranges, *, seed: int) -> Digests:
         """Digests of those `pieces` of the ranges."""
@@ -104,7 +112,14 @@ def detail_pieces(superblocks: Ranges, superblock_bytes: int, detail_bytes: int)
 
 
 def answer(
-    superblocks: Ranges, theirs: Digests, held: Held, *, superblock_bytes: int, detail_bytes: int, seed: int
+    superblocks: Ranges,
+    theirs: Digests,
+    held: Held,
+    *,
+    superblock_bytes: int,
+    detail_bytes: int,
+    seed: int,
+    ours: Digests | None = None,
 ) -> Answer:
     """The target's answer.
 
@@ -113,17 +128,24 @@ def answer(
         held: the target's bytes of those superblocks that do not read as zero, whole.
         superblock_bytes, detail_bytes: the granularity asked for.
         seed: 64 bits.
+        ours: the digests of what is held, where they are known already.
     """
-    read, digests = held.superblocks(superblock_bytes, seed=seed)
+    read, digests = (held.ranges, ours) if ours is not None else held.superblocks(superblock_bytes, seed=seed)
     is_read = np.isin(superblocks[:, 0], read[:, 0], assume_unique=True)
-    ours = np.empty(len(superblocks), dtype=f"V{DIGEST_BYTES}")
-    ours[is_read] = digests
+    all_ours = np.empty(len(superblocks), dtype=f"V{DIGEST_BYTES}")
+    all_ours[is_read] = digests
     if not is_read.all():
-        ours[~is_read] = zero_digests(superblocks[~is_read, 1], seed=seed)
-    differs = differing(ours, theirs)
+        all_ours[~is_read] = zero_digests(superblocks[~is_read, 1], seed=seed)
+    differs = differing(all_ours, theirs)
     pieces = detail_pieces(superblocks[differs & is_read], superblock_bytes, detail_bytes)
     details = held.details(pieces, seed=seed) if len(pieces) else digests_from_wire(b"")
     return Answer(differs, differs & ~is_read, details)
+
+
+def same(count: int) -> Answer:
+    """The answer about that many superblocks that do not differ."""
+    nothing = np.zeros(count, dtype=bool)
+    return Answer(nothing, nothing, digests_from_wire(b""))
 
 
 def joined(answers: Sequence[Answer]) -> Answer:

@@ -9,6 +9,7 @@ of superblocks of any size without reading anything.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
-from agent.delta.blocks import BLOCK_BYTES, Ranges, owners, split
+from agent.delta.blocks import BLOCK_BYTES
 from agent.errors import SyncError
 
 DIGEST_BYTES = 16
@@ -39,34 +40,46 @@ def piece_digests(buffer: memoryview, lengths: NDArray[np.uint64], *, seed: int)
     return digests_from_wire(b"".join([xxh3_128_digest(buffer[start:end], seed) for start, end in pairwise(bounds)]))
 
 
-def superblock_digests(blocks: Ranges, digests: Digests, superblocks: Ranges, *, seed: int) -> Digests:
+def block_digests(buffer: memoryview, *, seed: int) -> list[bytes]:
+    """The digest of each block of one run that begins at a block boundary; its last block may be shorter."""
+    return [xxh3_128_digest(buffer[at : at + BLOCK_BYTES], seed) for at in range(0, buffer.nbytes, BLOCK_BYTES)]
+
+
+def superblock_digests(
+    ranges: Iterable[tuple[int, int]], blocks: list[bytes], superblock_bytes: int, *, seed: int
+) -> list[bytes]:
     """Digests of superblocks from those of their blocks.
 
     Args:
-        blocks: rising, shape (n, 2); `digests`: theirs.
-        superblocks: what the blocks were cut from, shape (m, 2). One that is a single block has that block's digest.
+        ranges: offset and length of what was hashed, from block boundaries on, rising.
+        blocks: the digest of each of their blocks.
+        superblock_bytes: a superblock is what of one range lies between two multiples of it. One that is a single block
+            has that block's digest.
         seed: 64 bits.
     """
-    if len(blocks) == len(superblocks):
-        return digests
-    plain = memoryview(digests.tobytes())
-    edges = np.searchsorted(owners(superblocks, blocks), np.arange(len(superblocks) + 1)).tolist()
-    parts = [
-        bytes(plain[start * DIGEST_BYTES : end * DIGEST_BYTES])
-        if end == start + 1
-        else xxh3_128_digest(plain[start * DIGEST_BYTES : end * DIGEST_BYTES], seed)
-        for start, end in pairwise(edges)
-    ]
-    return digests_from_wire(b"".join(parts))
+    if superblock_bytes == BLOCK_BYTES:
+        return blocks
+    digests: list[bytes] = []
+    at = 0
+    for offset, length in ranges:
+        end = offset + length
+        while offset < end:
+            stop = min(end, (offset // superblock_bytes + 1) * superblock_bytes)
+            count = -(-(stop - offset) // BLOCK_BYTES)
+            some = blocks[at : at + count]
+            digests.append(some[0] if count == 1 else xxh3_128_digest(b"".join(some), seed))
+            offset, at = stop, at + count
+    return digests
 
 
 @lru_cache(maxsize=256)
 def zero_digest(length_bytes: int, *, seed: int) -> bytes:
     """Digest of a superblock of zeroes, 16 bytes."""
-    ranges = np.array([(0, length_bytes)], dtype=np.uint64)
-    blocks = split(ranges, BLOCK_BYTES)
-    parts = [bytes(xxh3_128_digest(bytes(length), seed)) for length in blocks[:, 1].tolist()]
-    return superblock_digests(blocks, digests_from_wire(b"".join(parts)), ranges, seed=seed).tobytes()
+    full, rest = divmod(length_bytes, BLOCK_BYTES)
+    blocks = [bytes(xxh3_128_digest(bytes(BLOCK_BYTES), seed))] * full
+    if rest:
+        blocks.append(bytes(xxh3_128_digest(bytes(rest), seed)))
+    return superblock_digests([(0, length_bytes)], blocks, max(BLOCK_BYTES, 2 * length_bytes), seed=seed)[0]
 
 
 def zero_digests(lengths: NDArray[np.uint64], *, seed: int) -> Digests:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+import numpy as np
 
 from agent.disk.cluster_map import ClusterMap
 from agent.disk.direct import direct_works
@@ -21,8 +23,8 @@ from agent.disk.qemu_img import NotMapped, chain_of
 from agent.disk.raw import READERS, measure
 from agent.disk.runs import Run, joined
 from agent.disk.seam import Disk, Extent
-from agent.disk.storage import StorageFile
-from agent.disk.windows import SERVED, ZERO, Piece
+from agent.disk.storage import Part, StorageFile
+from agent.disk.windows import SERVED, ZERO
 from agent.errors import DiskError
 
 
@@ -120,43 +122,41 @@ class MappedDisk:
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading", offset_bytes, buffer.nbytes):
-            self._read(offset_bytes, buffer, StorageFile.read)
+            self._read([(offset_bytes, buffer.nbytes)], buffer, StorageFile.read_parts)
 
     def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
         with self._gate.batch("reading", runs, buffer.nbytes):
-            done = 0
-            for offset_bytes, length_bytes in joined(runs):
-                self._read(offset_bytes, buffer[done : done + length_bytes], StorageFile.read)
-                done += length_bytes
+            self._read(joined(runs), buffer, StorageFile.read_parts)
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes):
-            self._read(offset_bytes, buffer, StorageFile.read_past_cache)
+            self._read([(offset_bytes, buffer.nbytes)], buffer, StorageFile.read_parts_past_cache)
+
+    def read_back_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading back", runs, buffer.nbytes):
+            self._read(joined(runs), buffer, StorageFile.read_parts_past_cache)
 
     def _read(
-        self, offset_bytes: int, buffer: memoryview, read: Callable[[StorageFile, int, memoryview], None]
+        self, runs: Iterable[Run], buffer: memoryview, read: Callable[[StorageFile, Sequence[Part]], None]
     ) -> None:
-        try:
-            for piece in self._map.pieces(offset_bytes, buffer.nbytes):
-                at = piece.offset_bytes - offset_bytes
-                self._read_piece(piece, buffer[at : at + piece.length_bytes], read)
-        except RunFailed:
-            raise
-        except OSError as error:
-            raise RunFailed(error, offset_bytes, buffer.nbytes) from error
-
-    def _read_piece(
-        self, piece: Piece, buffer: memoryview, read: Callable[[StorageFile, int, memoryview], None]
-    ) -> None:
-        if piece.place == ZERO:
-            buffer[:] = bytes(buffer.nbytes)
-        elif piece.place == SERVED:
-            self._server().read_into(piece.offset_bytes, buffer)
-        else:
+        """Fill `buffer` with the runs, from whichever file each piece lies in."""
+        in_files: list[list[Part]] = [[] for _ in self._files]
+        done = 0
+        for offset_bytes, length_bytes in runs:
             try:
-                read(self._files[piece.depth], piece.place, buffer)
+                for piece in self._map.pieces(offset_bytes, length_bytes):
+                    part = buffer[done : done + piece.length_bytes]
+                    done += piece.length_bytes
+                    if piece.place == ZERO:
+                        np.frombuffer(part, np.uint8).fill(0)
+                    elif piece.place == SERVED:
+                        self._server().read_into(piece.offset_bytes, part)
+                    else:
+                        in_files[piece.depth].append(Part(piece.place, part, piece.offset_bytes))
             except OSError as error:
-                raise RunFailed(error, piece.offset_bytes, piece.length_bytes) from error
+                raise RunFailed(error, offset_bytes, length_bytes) from error
+        for file, parts in zip(self._files, in_files, strict=True):
+            read(file, parts)
 
     def _server(self) -> Disk:
         with self._starting:

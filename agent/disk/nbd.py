@@ -51,6 +51,13 @@ def _parts(runs: Iterable[Run]) -> Iterator[_Part]:
             at += length
 
 
+def _require_writable(name: str, where: str, connection: Connection) -> None:
+    if connection.handle.is_read_only():
+        raise storage_error(name, where, "opening for writing", 0, "the server offers it for reading only")
+    if not connection.handle.can_flush():
+        raise storage_error(name, where, "opening for writing", 0, "the server cannot flush")
+
+
 class NbdDisk:
     """A `Disk` over NBD; open it with `NbdDisk.open`.
 
@@ -124,10 +131,8 @@ class NbdDisk:
             raise storage_error(name, where, "connecting", error.errno or 0, error.strerror or "") from error
         try:
             size_bytes = int(first.handle.get_size())
-            if writable and first.handle.is_read_only():
-                raise storage_error(name, where, "opening for writing", 0, "the server offers it for reading only")
-            if writable and not first.handle.can_flush():
-                raise storage_error(name, where, "opening for writing", 0, "the server cannot flush")
+            if writable:
+                _require_writable(name, where, first)
             if writable and not first.handle.can_multi_conn():
                 connections = 1
             gate = Gate(name, where, size_bytes, writable=writable)
@@ -305,6 +310,9 @@ class NbdDisk:
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         self.read_into(offset_bytes, buffer)
+
+    def read_back_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        self.read_runs(runs, buffer)
 
     def close(self) -> None:
         if self._gate.close():

@@ -20,7 +20,7 @@ from agent.disk.fallocate import (
 from agent.disk.gate import Gate, RunFailed, storage_error
 from agent.disk.runs import Run, joined
 from agent.disk.seam import Extent
-from agent.disk.storage import StorageFile
+from agent.disk.storage import Part, StorageFile
 from agent.errors import DiskError
 
 READERS = 2
@@ -108,13 +108,7 @@ class RawDisk:
 
     def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
         with self._gate.batch("reading", runs, buffer.nbytes):
-            done = 0
-            for offset_bytes, length_bytes in joined(runs):
-                try:
-                    self._storage.read(offset_bytes, buffer[done : done + length_bytes])
-                except OSError as error:
-                    raise RunFailed(error, offset_bytes, length_bytes) from error
-                done += length_bytes
+            self._storage.read_parts(_parts(runs, buffer))
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         with self._gate.request("writing", offset_bytes, data.nbytes, writes=True):
@@ -212,9 +206,24 @@ class RawDisk:
                 self._flush()  # pages that are still dirty cannot be dropped
             self._storage.read_past_cache(offset_bytes, buffer)
 
+    def read_back_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading back", runs, buffer.nbytes):
+            if self._gate.writable and not self._storage.reads_past_cache:
+                self._flush()
+            self._storage.read_parts_past_cache(_parts(runs, buffer))
+
     def close(self) -> None:
         if self._gate.close():
             self._storage.close()
+
+
+def _parts(runs: Sequence[Run], buffer: memoryview) -> list[Part]:
+    """The runs with their places in the buffer; what adjoins is one part."""
+    parts, done = [], 0
+    for offset_bytes, length_bytes in joined(runs):
+        parts.append(Part(offset_bytes, buffer[done : done + length_bytes], offset_bytes))
+        done += length_bytes
+    return parts
 
 
 def measure(name: str, path: Path, fd: int) -> tuple[int, int | None]:

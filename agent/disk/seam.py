@@ -90,6 +90,9 @@ class Disk(Protocol):
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         """Like `read_into`, but past the page cache, so that it tells what the storage holds."""
 
+    def read_back_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Like `read_runs`, but past the page cache, as `read_back`."""
+
     @property
     def reads_back_past_cache(self) -> bool:
         """False where the storage has no way past the page cache (tmpfs of old kernels); reports say so."""

@@ -13,18 +13,37 @@ import mmap
 import os
 import stat
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 from agent.disk.direct import DirectReader
 from agent.disk.fallocate import block_device_size_bytes
+from agent.disk.gate import RunFailed
 from agent.disk.priority import idle_priority
 from agent.disk.residency import Residency, Run
+from agent.disk.side_by_side import SideBySide
 
 _SCATTERED_RUNS = 16
 """More gaps than this in one read are not worth a request each: the whole is read through the cache."""
 
 BOOKED_RUNS = 65536
 """At most so many runs are remembered for dropping (some 8 MiB); then the file is flushed before its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One read among several.
+
+    Attributes:
+        place: its first byte in the file or device.
+        buffer: where its bytes go.
+        offset_bytes: its first byte on the disk, for errors.
+    """
+
+    place: int
+    buffer: memoryview
+    offset_bytes: int
 
 
 class StorageFile:
@@ -44,6 +63,7 @@ class StorageFile:
         self._idle = idle
         self._residency = Residency(fd)
         self._direct = DirectReader.of(fd, size_bytes, sector_bytes)
+        self._side_by_side = SideBySide()
         self._books = threading.Lock()
         self._booked: list[Run] = []
         # No reading ahead: it would bring in what nobody asked for.
@@ -56,20 +76,47 @@ class StorageFile:
 
     def read(self, offset_bytes: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset_bytes` on."""
-        end = offset_bytes + buffer.nbytes
-        missing = self._residency.missing(offset_bytes, end)
+        missing = self._residency.missing(offset_bytes, offset_bytes + buffer.nbytes)
         if missing:
-            with self._priority():
-                self._read_missing(offset_bytes, buffer, missing)
+            self._read_missing(offset_bytes, buffer, missing)
         else:
             self._read_through_cache(offset_bytes, buffer)
-        if end == self._size_bytes:
-            self._check_size()
+        self._check_end(offset_bytes + buffer.nbytes)
+
+    def read_parts(self, parts: Sequence[Part]) -> None:
+        """`read` for many places: what is not cached is under way together.
+
+        Raises:
+            RunFailed: a part failed.
+        """
+        waiting: list[tuple[Part, list[Run]]] = []
+        for part in parts:
+            with _naming(part):
+                missing = self._residency.missing(part.place, part.place + part.buffer.nbytes)
+                if missing:
+                    waiting.append((part, missing))
+                else:
+                    self._read_through_cache(part.place, part.buffer)
+        waiting.sort(key=lambda job: job[0].place)  # what lies together is asked for together
+        self._side_by_side.each(waiting, self._read_missing_part)
+        for part in parts:
+            with _naming(part):
+                self._check_end(part.place + part.buffer.nbytes)
+
+    def _read_missing_part(self, job: tuple[Part, list[Run]]) -> None:
+        part, missing = job
+        with _naming(part):
+            self._read_missing(part.place, part.buffer, missing)
+
+    def _read_missing(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
+        with self._priority():
+            self._read_around(offset_bytes, buffer, missing)
 
     def _priority(self) -> AbstractContextManager[None]:
         return idle_priority() if self._idle else nullcontext()
 
-    def _read_missing(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
+    def _read_around(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
+        """Read what is cached through the cache, and what is not past it."""
         if self._direct is None or len(missing) > _SCATTERED_RUNS:
             self._read_through_cache(offset_bytes, buffer)
             self._drop(missing)
@@ -103,6 +150,19 @@ class StorageFile:
             self._drop([(first, end + mmap.PAGESIZE)])
             self._read_through_cache(offset_bytes, buffer)
             self._drop(missing)
+
+    def read_parts_past_cache(self, parts: Sequence[Part]) -> None:
+        """`read_past_cache` for many places, which are under way together.
+
+        Raises:
+            RunFailed: a part failed.
+        """
+
+        def read_part(part: Part) -> None:
+            with _naming(part):
+                self.read_past_cache(part.place, part.buffer)
+
+        self._side_by_side.each(sorted(parts, key=lambda part: part.place), read_part)
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         """Write `data`; what that brings into the cache is dropped by the next `sync`."""
@@ -139,7 +199,10 @@ class StorageFile:
         for first, behind in runs:
             os.posix_fadvise(self.fd, first, behind - first, os.POSIX_FADV_DONTNEED)
 
-    def _check_size(self) -> None:
+    def _check_end(self, end: int) -> None:
+        """Whether a disk that was read to its end still ends there."""
+        if end != self._size_bytes:
+            return
         size = block_device_size_bytes(self.fd) if self._is_device else os.fstat(self.fd).st_size
         if size != self._size_bytes:
             how = "larger" if size > self._size_bytes else "smaller"
@@ -147,9 +210,18 @@ class StorageFile:
 
     def close(self) -> None:
         """Close the descriptors. Nobody may be inside."""
+        self._side_by_side.close()
         if self._direct is not None:
             self._direct.close()
         os.close(self.fd)
+
+
+@contextmanager
+def _naming(part: Part) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(error, part.offset_bytes, part.buffer.nbytes) from error
 
 
 def _joined(runs: list[Run]) -> list[Run]:

@@ -136,6 +136,10 @@ class TargetImage:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes), self._reading() as disk:
             disk.read_back(offset_bytes, buffer)
 
+    def read_back_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
+        with self._gate.batch("reading back", runs, buffer.nbytes), self._reading() as disk:
+            disk.read_back_runs(runs, buffer)
+
     def write(self, offset_bytes: int, data: memoryview) -> None:
         with self._gate.request("writing", offset_bytes, data.nbytes, writes=True):
             self._writing().write(offset_bytes, data)

@@ -13,8 +13,8 @@ import trio
 from agent.delta.blocks import BATCH_BYTES
 
 SOURCE_BUFFERS = 5
-"""Batches of a host that are sent, in memory at once. At 16 MiB each: two being read, one asked about, one packed, one sent;
-or what 100 ms of round trip hold back at 800 MB/s. The rest of an agent's 256 MiB is for what is on the wire."""
+"""Batches of a host that are sent, in memory at once. At 16 MiB each: two being read, one asked about, one packed, one
+sent; or what 100 ms of round trip hold back at 800 MB/s. The rest of an agent's 256 MiB is for what is on the wire."""
 
 TARGET_BUFFERS = 4
 TARGET_BUFFER_BYTES = 8 << 20

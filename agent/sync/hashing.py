@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from agent.delta.blocks import Ranges, as_runs, split, total_bytes
-from agent.delta.compare import Answer, Held, Mask, answer, groups, joined
-from agent.delta.digests import Digests
+from agent.delta.compare import Answer, Held, Mask, answer, groups, joined, same
+from agent.delta.digests import Digests, block_digests, digests_from_wire, superblock_digests
 from agent.disk.seam import Disk
 from agent.sync.payloads import Question
+
+STEP_BYTES = 4 << 20
+"""How much is read before it is hashed: large requests for the storage, and the bytes are still in the processor's
+caches when they are hashed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,20 +40,37 @@ def read_data(disk: Disk, ranges: Ranges, buffer: memoryview) -> Held:
 
 
 def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes: int, seed: int) -> Hashed:
-    """The source's side of a comparison: read `data` (shape (n, 2)) and hash it.
+    """The source's side of a comparison: read `data` (shape (n, 2)) and hash it while it is in the processor's caches.
 
     Raises:
         DiskError: as the disk says.
     """
-    if total_bytes(data) <= buffer.nbytes:
-        held = read_data(disk, data, buffer)
-        return Hashed(*held.superblocks(superblock_bytes, seed=seed), held)
-    superblocks = split(data, superblock_bytes)
-    digests = [
-        read_data(disk, superblocks[start:end], buffer).superblocks(superblock_bytes, seed=seed)[1]
-        for start, end in groups(superblocks[:, 1], buffer.nbytes)
-    ]
-    return Hashed(superblocks, np.concatenate(digests), None)
+    size = total_bytes(data)
+    keeps = size <= buffer.nbytes
+    blocks: list[bytes] = []
+    at = 0
+    for runs in _steps(data):
+        length = sum(length for _, length in runs)
+        disk.read_runs(runs, buffer[at : at + length])
+        start = at
+        for _, part in runs:
+            blocks += block_digests(buffer[start : start + part], seed=seed)
+            start += part
+        at = start if keeps else 0
+    digests = superblock_digests(data.tolist(), blocks, superblock_bytes, seed=seed)
+    return Hashed(
+        split(data, superblock_bytes),
+        digests_from_wire(b"".join(digests)),
+        Held(data, buffer[:size]) if keeps else None,
+    )
+
+
+def _steps(data: Ranges) -> Iterator[list[tuple[int, int]]]:
+    """Ranges as runs that are read at once: `STEP_BYTES` each, but for what is left at the end of one."""
+    pieces = split(data, STEP_BYTES)
+    runs: list[tuple[int, int]] = pieces.tolist()
+    for start, end in groups(pieces[:, 1], STEP_BYTES):
+        yield runs[start:end]
 
 
 def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int) -> tuple[Answer, int]:
@@ -58,20 +80,29 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
         DiskError: as the disk says.
     """
     superblocks, message = question.superblocks, question.message
-    data = holds_data(disk, superblocks)
+    is_data = holds_data(disk, superblocks)
+    step_bytes = max(STEP_BYTES, message.superblock_bytes)
     answers: list[Answer] = []
     read_bytes = 0
-    for start, end in groups(superblocks[:, 1], buffer.nbytes):
-        some = superblocks[start:end]
-        held = read_data(disk, some[data[start:end]], buffer)
+    for start, end in groups(superblocks[:, 1], step_bytes):
+        some, theirs = superblocks[start:end], question.digests[start:end]
+        held = read_data(disk, some[is_data[start:end]], buffer)
         read_bytes += held.buffer.nbytes
+        blocks = held.blocks(seed=seed)
+        digests = superblock_digests(held.ranges.tolist(), blocks, message.superblock_bytes, seed=seed)
+        ours = b"".join(digests)
+        # Where all is the same, one comparison of bytes tells; the arithmetic is for where it is not.
+        if len(digests) == len(some) and ours == theirs.tobytes():
+            answers.append(same(len(some)))
+            continue
         told = answer(
             some,
-            question.digests[start:end],
+            theirs,
             held,
             superblock_bytes=message.superblock_bytes,
             detail_bytes=message.detail_bytes,
             seed=seed,
+            ours=digests_from_wire(ours),
         )
         answers.append(told)
     return joined(answers), read_bytes

@@ -94,7 +94,9 @@ def question_from_wire(message: CompareSpan, payload: memoryview, size_bytes: in
         )
     data = ranges_from_wire(payload, message.count)
     superblocks = split(data, message.superblock_bytes)
-    return Question(message, data, total_bytes(data), superblocks, digests_from_wire(payload[message.count * RANGE_BYTES :]))
+    return Question(
+        message, data, total_bytes(data), superblocks, digests_from_wire(payload[message.count * RANGE_BYTES :])
+    )
 
 
 @dataclass

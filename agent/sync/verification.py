@@ -6,6 +6,7 @@ The flush comes before; it is the caller's.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ from agent.disk.seam import Disk
 from agent.errors import VerificationFailed
 from agent.sync.payloads import PROOF_BYTES
 
-READ_BYTES = 2 << 20
+READ_BYTES = 4 << 20
 """How much is read back at once."""
 BRIDGED_BYTES = 64 << 10
 """What lies between two written ranges is read along where it is no more than this: storage takes about as long to
@@ -89,30 +90,46 @@ def read_back(disk: Disk, written: Written) -> int:
 
 def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview) -> int:
     offsets, ends = ranges[:, 0].tolist(), (ranges[:, 0] + ranges[:, 1]).tolist()
+    batch: list[tuple[int, int]] = []  # index pairs (start, stop) of ranges that one read brings
+    size = 0
     for start, stop in _groups(offsets, ends):
-        first = offsets[start]
-        if ends[stop - 1] - first > READ_BYTES:  # a range larger than the buffer, alone
-            _check_large(disk, first, ends[start], proofs[start * PROOF_BYTES : stop * PROOF_BYTES], buffer)
+        length = ends[stop - 1] - offsets[start]
+        if length > READ_BYTES:  # a range larger than the buffer, alone
+            proof = proofs[start * PROOF_BYTES : stop * PROOF_BYTES]
+            _check_large(disk, offsets[start], ends[start], proof, buffer)
             continue
-        whole = buffer[: ends[stop - 1] - first]
-        disk.read_back(first, whole)
-        for index in range(start, stop):
-            piece = whole[offsets[index] - first : ends[index] - first]
-            if blake3(piece).digest() != proofs[index * PROOF_BYTES : (index + 1) * PROOF_BYTES]:
-                raise _difference(disk, offsets[index], piece.nbytes)
+        if size + length > READ_BYTES:
+            _check(disk, batch, offsets, ends, proofs, buffer)
+            batch, size = [], 0
+        batch.append((start, stop))
+        size += length
+    _check(disk, batch, offsets, ends, proofs, buffer)
     return int(sum(ends) - sum(offsets))
 
 
-def _groups(offsets: list[int], ends: list[int]) -> list[tuple[int, int]]:
+def _check(
+    disk: Disk, batch: list[tuple[int, int]], offsets: list[int], ends: list[int], proofs: bytes, buffer: memoryview
+) -> None:
+    """Read the ranges of a batch back, many reads under way together, and compare each with its proof."""
+    runs = [(offsets[start], ends[stop - 1] - offsets[start]) for start, stop in batch]
+    disk.read_back_runs(runs, buffer[: sum(length for _, length in runs)])
+    at = 0
+    for (start, stop), (first, length) in zip(batch, runs, strict=True):
+        for index in range(start, stop):
+            piece = buffer[at + offsets[index] - first : at + ends[index] - first]
+            if blake3(piece).digest() != proofs[index * PROOF_BYTES : (index + 1) * PROOF_BYTES]:
+                raise _difference(disk, offsets[index], piece.nbytes)
+        at += length
+
+
+def _groups(offsets: list[int], ends: list[int]) -> Iterator[tuple[int, int]]:
     """Index pairs (start, stop) of ranges that one read brings: near one another, together within the buffer."""
-    groups: list[tuple[int, int]] = []
     start = 0
     for index in range(1, len(offsets)):
         if offsets[index] - ends[index - 1] > BRIDGED_BYTES or ends[index] - offsets[start] > READ_BYTES:
-            groups.append((start, index))
+            yield start, index
             start = index
-    groups.append((start, len(offsets)))
-    return groups
+    yield start, len(offsets)
 
 
 def _check_large(disk: Disk, offset: int, end: int, proof: bytes, buffer: memoryview) -> None:

@@ -21,8 +21,8 @@ from protocol.messages import BlockData, Credit
 
 WRITERS = 2
 """Frames of one disk that are unpacked and written at the same time: one waits for storage, the other is proven."""
-READ_BACKS = 4
-"""Threads that read back side by side: scattered small reads cost storage time each, not bandwidth."""
+READ_BACKS = 2
+"""Threads that read back side by side: one waits for storage while the other compares."""
 VERIFY_EVERY_BYTES = 64 << 20
 """How much is written between two flushes: a flush costs a fixed time, the digests waiting for it cost memory."""
 VERIFY_EVERY_RANGES = 64 << 10

@@ -22,6 +22,9 @@ READING: dict[str, Request] = {
     "read_into": lambda disk, offset, length: disk.read_into(offset, memoryview(bytearray(length))),
     "read_back": lambda disk, offset, length: disk.read_back(offset, memoryview(bytearray(length))),
     "read_runs": lambda disk, offset, length: disk.read_runs([(offset, length)], memoryview(bytearray(length))),
+    "read_back_runs": lambda disk, offset, length: disk.read_back_runs(
+        [(offset, length)], memoryview(bytearray(length))
+    ),
     "extents": lambda disk, offset, length: list(disk.extents(offset, length)),
 }
 WRITING: dict[str, Request] = {
@@ -126,6 +129,10 @@ def test_a_batch_of_runs_is_read_end_to_end(storage: Storage) -> None:
     runs = scattered(storage.size_bytes, seed=1)
     found = memoryview(bytearray(b"\xaa" * sum(length for _, length in runs)))
     disk.read_runs(runs, found)
+    assert found == b"".join(content[offset : offset + length] for offset, length in runs)
+    disk.flush()
+    found[:] = bytes(found.nbytes)
+    disk.read_back_runs(runs, found)
     assert found == b"".join(content[offset : offset + length] for offset, length in runs)
 
 

@@ -61,7 +61,7 @@ def missing(path: Path) -> list[Run]:
     """What mincore(2) says is not cached."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        return Residency(fd, with_cachestat=False).missing(0, SIZE_BYTES)
+        return Residency(fd, with_cachestat=False).named(0, SIZE_BYTES)
     finally:
         os.close(fd)
 

@@ -161,11 +161,18 @@ class MemoryDisk:
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes), self.storage.lock:
-            self.storage.trip("reading back")
-            buffer[:] = self.storage.content[offset_bytes : offset_bytes + buffer.nbytes]
-            for at, flipped_bits in self.storage.rotten.items():
-                if offset_bytes <= at < offset_bytes + buffer.nbytes:
-                    buffer[at - offset_bytes] ^= flipped_bits
+            self._read_back(offset_bytes, buffer)
+
+    def read_back_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        with self._gate.batch("reading back", runs, buffer.nbytes), self.storage.lock:
+            self._each(runs, buffer, self._read_back)
+
+    def _read_back(self, offset_bytes: int, buffer: memoryview) -> None:
+        self.storage.trip("reading back")
+        buffer[:] = self.storage.content[offset_bytes : offset_bytes + buffer.nbytes]
+        for at, flipped_bits in self.storage.rotten.items():
+            if offset_bytes <= at < offset_bytes + buffer.nbytes:
+                buffer[at - offset_bytes] ^= flipped_bits
 
     def close(self) -> None:
         self._gate.close()

@@ -40,6 +40,8 @@ class CoordinatorProcess:
         agents: the hosts it knows, each by its listening address and ports.
         network: runs in this namespace; in the machine's when None.
         program: what to run instead of the installed command.
+        bulk_endpoints: address and port by which other agents reach a host's bulk port, by its name, where those
+            are not the agent's own (behind a proxy, say).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class CoordinatorProcess:
         network: PrivateNetwork | None = None,
         program: Sequence[str] = (str(PROGRAM),),
         environment: Mapping[str, str] | None = None,
+        bulk_endpoints: Mapping[str, tuple[str, int]] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "coordinator.toml"
@@ -65,11 +68,13 @@ class CoordinatorProcess:
             *(f"{key} = {json.dumps(str(getattr(identity, key)))}" for key in ("ca", "certificate", "key")),
         ]
         for agent in agents:
+            bulk_address, bulk_port = (bulk_endpoints or {}).get(agent.name, (agent.listen, agent.bulk_port))
             lines += [
                 f"[hosts.{agent.name}]",
                 f"address = {json.dumps(agent.listen)}",
                 f"port = {agent.control_port}",
-                f"bulk_port = {agent.bulk_port}",
+                f"bulk_address = {json.dumps(bulk_address)}",
+                f"bulk_port = {bulk_port}",
             ]
         self.config.write_text("".join(f"{line}\n" for line in lines))
 

@@ -42,7 +42,7 @@ def test_on_an_unknown_architecture_nothing_changes(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_process_is_started_under_it_where_asked_for(idle: bool) -> None:
-    process = start_bound(["sh", "-c", "read line; exit 0"], stdout=subprocess.PIPE, stderr=2, idle=idle)
+    process = start_bound(["sleep", "60"], stderr=subprocess.DEVNULL, idle=idle)
     with process:
         found = priority_class(process.pid)
         process.kill()

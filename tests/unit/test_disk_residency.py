@@ -68,6 +68,17 @@ def test_a_kernel_without_cachestat_is_asked_page_by_page(fd: int, monkeypatch: 
         assert asked.missing(0, 3 * PAGE_BYTES) == [(0, PAGE_BYTES), (2 * PAGE_BYTES, 3 * PAGE_BYTES)]
 
 
+def test_without_cachestat_a_long_range_is_sampled_before_it_is_named(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_SAMPLE_BYTES", 8 * PAGE_BYTES)
+    asked = Residency(fd, with_cachestat=False)
+    end = PAGES * PAGE_BYTES
+    assert asked.missing(0, end) == [(0, end)]
+    for page in (*range(0, PAGES, 8), PAGES - 1):
+        touch(fd, page)
+    assert asked.missing(0, end) == []  # mostly cached, as far as it looked
+    assert asked.missing(PAGE_BYTES, 3 * PAGE_BYTES) == [(PAGE_BYTES, 3 * PAGE_BYTES)]
+
+
 def test_a_descriptor_that_cannot_be_mapped_is_an_error() -> None:
     read_end, write_end = os.pipe()
     try:
