@@ -177,8 +177,16 @@ class SparseDisk:
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes), self.storage.lock:
             self._count("reading back")
-            self.storage.check("reading back", offset_bytes, buffer.nbytes)
-            buffer[:] = self.storage.read(offset_bytes, buffer.nbytes)
+            self._read_back(offset_bytes, buffer)
+
+    def read_back_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        with self._gate.batch("reading back", runs, buffer.nbytes), self.storage.lock:
+            self._count("reading back")
+            self._each(runs, buffer, self._read_back)
+
+    def _read_back(self, offset_bytes: int, buffer: memoryview) -> None:
+        self.storage.check("reading back", offset_bytes, buffer.nbytes)
+        buffer[:] = self.storage.read(offset_bytes, buffer.nbytes)
 
     def close(self) -> None:
         self._gate.close()

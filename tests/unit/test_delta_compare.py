@@ -11,6 +11,7 @@ import xxhash
 from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES, Ranges, split, to_ranges, total_bytes
 from agent.delta.compare import Answer, Held, answer, detail_pieces, differing, groups, joined, portions
 from agent.delta.digests import (
+    block_digests,
     digests_from_wire,
     digests_to_wire,
     piece_digests,
@@ -62,11 +63,19 @@ def test_a_superblock_is_hashed_over_the_digests_of_its_blocks() -> None:
 def test_block_digests_are_enough_for_superblocks_of_any_size() -> None:
     content = random.Random(2).randbytes(9 * B)
     held = Held(to_ranges([(0, 5 * B), (7 * B, 4 * B)]), memoryview(content))
-    blocks, digests = held.superblocks(B, seed=SEED)
-    for size in (2 * B, 4 * B, 64 * B):
-        superblocks = split(held.ranges, size)
-        made = superblock_digests(blocks, digests, superblocks, seed=SEED)
-        assert made.tolist() == held.superblocks(size, seed=SEED)[1].tolist()
+    blocks = held.blocks(seed=SEED)
+    assert blocks == [xxh3(content[at : at + B]) for at in range(0, 9 * B, B)]
+    for size in (B, 2 * B, 4 * B, 64 * B):
+        made = superblock_digests(held.ranges.tolist(), blocks, size, seed=SEED)
+        superblocks, digests = held.superblocks(size, seed=SEED)
+        assert b"".join(made) == digests.tobytes()
+        assert len(made) == len(superblocks)
+
+
+def test_blocks_of_a_run_are_hashed_and_the_last_may_be_short() -> None:
+    content = random.Random(3).randbytes(2 * B + 7)
+    assert block_digests(memoryview(content), seed=SEED) == [xxh3(content[at : at + B]) for at in (0, B, 2 * B)]
+    assert block_digests(memoryview(b""), seed=SEED) == []
 
 
 @pytest.mark.parametrize("length", [1, P, B - 1, B, B + 5, 2 * B, MIB - B, MIB, MIB + 1])
@@ -128,10 +137,12 @@ def ask(
     superblocks, digests = near.superblocks(superblock_bytes, seed=SEED)
     kept = superblocks[~np.isin(superblocks[:, 0], np.array(empty, dtype=np.uint64))]
     far = Held(kept, memoryview(b"".join(theirs[o : o + n] for o, n in kept.tolist())))
-    sizes = {"superblock_bytes": superblock_bytes, "detail_bytes": detail_bytes}
-    told = answer(superblocks, digests, far, **sizes, seed=SEED)
+    told = answer(superblocks, digests, far, superblock_bytes=superblock_bytes, detail_bytes=detail_bytes, seed=SEED)
+    found = portions(
+        superblocks, told, superblock_bytes=superblock_bytes, detail_bytes=detail_bytes, most_bytes=len(ours)
+    )
     sent: list[tuple[int, int]] = []
-    for portion in portions(superblocks, told, **sizes, most_bytes=len(ours)):
+    for portion in found:
         sent += [(offset, length) for offset, length in portion.changed(near, seed=SEED).tolist()]
     return told, sent
 

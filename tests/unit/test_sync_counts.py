@@ -6,9 +6,9 @@ import random
 
 import trio
 
-from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES
+from agent.delta.blocks import BATCH_BYTES, BLOCK_BYTES, PAGE_BYTES
 from agent.delta.granularity import Granularity
-from agent.sync.buffers import BufferPool
+from agent.sync.buffers import TARGET_BUFFER_BYTES, BufferPool
 from agent.sync.tuning import Tuning
 from protocol.messages import BlockData, CompareSpan, Credit, EndOfPass, SpanAnswer, ZeroRanges
 from tests.fakes.pass_bench import CountingThreads, PassRun, run_disks
@@ -17,7 +17,7 @@ from tests.fakes.wire import FakeWire
 
 B, P, MIB, TIB = BLOCK_BYTES, PAGE_BYTES, 1 << 20, 1 << 40
 BLOCKS_OF_MIB = MIB // B
-BATCH = 8 * MIB
+BATCH = BATCH_BYTES
 _NOISE = [random.Random(number).randbytes(B) for number in range(31)]
 
 
@@ -51,7 +51,7 @@ async def compare(
         wires=[FakeWire.pair(window_bytes=32 * MIB) for _ in range(lanes)],
         threads=threads,
         source_others={"buffers": BufferPool(buffers, BATCH), "tuning": tuning or Tuning()},
-        target_others={"buffers": BufferPool(2, BATCH)},
+        target_others={"buffers": BufferPool(2, TARGET_BUFFER_BYTES)},
     )
     assert run.complete, (run.source_failure, run.target_failure)
     assert source.storage.read(0, min(source.size_bytes, 64 * MIB)) == target.storage.read(

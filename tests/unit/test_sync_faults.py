@@ -94,7 +94,7 @@ class Broken(MemoryDisk):
 
 
 @pytest.mark.parametrize("error", [OSError(5, "odd"), ValueError("odd"), AssertionError("odd"), MemoryError("odd")])
-@pytest.mark.parametrize("method", ["read_runs", "write_runs", "flush", "read_back", "extents"])
+@pytest.mark.parametrize("method", ["read_runs", "write_runs", "flush", "read_back_runs", "extents"])
 async def test_a_defect_at_the_target_ends_both_sides_with_a_reason(error: Exception, method: str) -> None:
     with trio.fail_after(20):
         source = MemoryDisk("vda", _storage(1), writable=False)

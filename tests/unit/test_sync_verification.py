@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,19 +15,26 @@ from agent.sync.verification import BRIDGED_BYTES, READ_BYTES, Written, read_bac
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 
 B, P, MIB = BLOCK_BYTES, PAGE_BYTES, 1 << 20
-SIZE = 8 * MIB
+SIZE = 16 * MIB
 
 
 class Watched(MemoryDisk):
-    """Notes what is read back."""
+    """Notes what is read back, and in how many calls."""
 
     def __init__(self, storage: MemoryStorage) -> None:
         super().__init__("vda", storage)
         self.read: list[tuple[int, int]] = []
+        self.calls = 0
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
+        self.calls += 1
         self.read.append((offset_bytes, buffer.nbytes))
         super().read_back(offset_bytes, buffer)
+
+    def read_back_runs(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        self.calls += 1
+        self.read += runs
+        super().read_back_runs(runs, buffer)
 
 
 @pytest.fixture
@@ -55,9 +63,10 @@ def test_ranges_near_one_another_are_read_in_one_request(disk: Watched) -> None:
     assert disk.read == [(0, 4 * P + BRIDGED_BYTES)]
 
 
-def test_ranges_far_from_one_another_are_read_by_themselves(disk: Watched) -> None:
+def test_ranges_far_from_one_another_are_read_by_themselves_and_under_way_together(disk: Watched) -> None:
     assert read_back(disk, written(disk, (0, P), (P + BRIDGED_BYTES + P, P))) == 2 * P
     assert disk.read == [(0, P), (2 * P + BRIDGED_BYTES, P)]
+    assert disk.calls == 1
 
 
 def test_what_lies_between_is_read_along_and_not_judged(disk: Watched) -> None:
@@ -67,9 +76,10 @@ def test_what_lies_between_is_read_along_and_not_judged(disk: Watched) -> None:
 
 
 def test_adjoining_ranges_are_read_as_much_at_once_as_the_buffer_holds(disk: Watched) -> None:
-    runs = [(offset, B) for offset in range(0, 5 * MIB, B)]
-    assert read_back(disk, written(disk, *runs)) == 5 * MIB
-    assert disk.read == [(0, READ_BYTES), (READ_BYTES, READ_BYTES), (2 * READ_BYTES, 5 * MIB - 2 * READ_BYTES)]
+    size = 2 * READ_BYTES + MIB
+    runs = [(offset, B) for offset in range(0, size, B)]
+    assert read_back(disk, written(disk, *runs)) == size
+    assert disk.read == [(0, READ_BYTES), (READ_BYTES, READ_BYTES), (2 * READ_BYTES, MIB)]
 
 
 @pytest.mark.parametrize("length", [READ_BYTES, READ_BYTES + 1, 2 * READ_BYTES, 3 * READ_BYTES - P])
@@ -94,16 +104,17 @@ def test_the_first_range_that_differs_is_named(disk: Watched, wrong: list[int]) 
 
 def test_zeroes_are_read_where_they_are_no_holes(disk: Watched) -> None:
     disk.write_zeroes(0, 2 * B)
-    disk.write(3 * B, memoryview(bytes(3 * MIB)))
-    assert read_back(disk, written(disk, zeroes=((0, 2 * B), (3 * B, 3 * MIB)))) == 2 * B + 3 * MIB
+    length = READ_BYTES + MIB
+    disk.write(3 * B, memoryview(bytes(length)))
+    assert read_back(disk, written(disk, zeroes=((0, 2 * B), (3 * B, length)))) == 2 * B + length
     assert disk.read == [(3 * B, READ_BYTES), (3 * B + READ_BYTES, MIB)]
 
 
 def test_what_should_be_zero_and_is_not_is_named(disk: Watched) -> None:
-    disk.write(0, memoryview(bytes(3 * MIB)))
+    disk.write(0, memoryview(bytes(READ_BYTES + MIB)))
     disk.storage.rot(READ_BYTES + 5)
     with pytest.raises(VerificationFailed) as caught:
-        read_back(disk, written(disk, zeroes=((0, 3 * MIB),)))
+        read_back(disk, written(disk, zeroes=((0, READ_BYTES + MIB),)))
     assert caught.value.facts["offset_bytes"] == READ_BYTES
 
 
