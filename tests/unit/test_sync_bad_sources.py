@@ -141,7 +141,7 @@ async def test_a_frame_whose_declared_size_lies_is_refused(declared: int) -> Non
         message = BlockData(count=1, codec=Codec.RAW, plain_bytes=declared)
         end.say(message, ranges_to_wire(to_ranges([(B, P)])) + bytes(32) + CONTENT[B : B + P])
 
-    await refused(script, "")
+    await refused(script, "plain_bytes is" if declared > SIZE else "BlockData")
 
 
 async def test_a_compressed_frame_that_grows_beyond_its_ranges_is_refused_before_it_is_opened() -> None:
@@ -217,7 +217,7 @@ async def test_digests_that_are_not_as_many_as_superblocks_are_refused(size: int
         )
         end.say(message, ranges_to_wire(to_ranges([(0, 8 * B)])) + bytes(size))
 
-    await refused(script, "")
+    await refused(script, "payload" if size % 16 else "digests came for" if size else "CompareSpan of 1 ranges")
 
 
 async def test_a_span_with_more_data_than_the_target_compares_at_once_is_refused(
@@ -274,7 +274,7 @@ async def test_the_end_while_a_question_is_open_is_refused() -> None:
         ask(end, CONTENT)
         end_of_pass(end)
 
-    await refused(script, "")
+    await refused(script, "EndOfPass while 1 spans are unanswered")
 
 
 async def test_connections_that_tell_different_numbers_of_connections_are_refused() -> None:
