@@ -266,17 +266,18 @@ class PassDesk:
         connections: list[BulkSocket] = []
         tuning = self.tunings.begin(session.grant.vm_uuid, granted.target)
         try:
-            welcome = await self._connect(connections, granted, seed, connect)
-            wanted = lanes_wanted(connections[0].link().rtt_s or 0.0, cores(), welcome.lanes)
+            welcomes = [await self._connect(connections, granted, seed, connect)]
+            wanted = lanes_wanted(connections[0].link().rtt_s or 0.0, cores(), welcomes[0].lanes)
             for _ in range(wanted - 1):
-                await self._connect(connections, granted, seed, connect)
+                welcomes.append(await self._connect(connections, granted, seed, connect))
+            tuning.window_bytes = min(welcome.window_bytes for welcome in welcomes)
             meter.lanes = len(connections)
             verified = await SourcePass(
                 disk=disk,
                 size_bytes=granted.source_size_bytes,
                 talk=Conversation(granted.target, self.threads, [Lane(connection) for connection in connections]),
                 seed=seed,
-                ahead_bytes=welcome.ahead_bytes,
+                ahead_bytes=min(welcome.ahead_bytes for welcome in welcomes),
                 buffers=self.buffers,
                 limits=session.limits,
                 tuning=tuning,

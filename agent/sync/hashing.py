@@ -49,7 +49,7 @@ def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes:
     keeps = size <= buffer.nbytes
     blocks: list[bytes] = []
     at = 0
-    for runs in _steps(data):
+    for runs in _steps(data, min(STEP_BYTES, buffer.nbytes)):
         length = sum(length for _, length in runs)
         disk.read_runs(runs, buffer[at : at + length])
         start = at
@@ -65,11 +65,11 @@ def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes:
     )
 
 
-def _steps(data: Ranges) -> Iterator[list[tuple[int, int]]]:
-    """Ranges as runs that are read at once: `STEP_BYTES` each, but for what is left at the end of one."""
-    pieces = split(data, STEP_BYTES)
+def _steps(data: Ranges, step_bytes: int) -> Iterator[list[tuple[int, int]]]:
+    """Ranges as runs that are read at once: `step_bytes` each, whole blocks, but for what is left at the end of one."""
+    pieces = split(data, step_bytes)
     runs: list[tuple[int, int]] = pieces.tolist()
-    for start, end in groups(pieces[:, 1], STEP_BYTES):
+    for start, end in groups(pieces[:, 1], step_bytes):
         yield runs[start:end]
 
 
@@ -81,7 +81,7 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
     """
     superblocks, message = question.superblocks, question.message
     is_data = holds_data(disk, superblocks)
-    step_bytes = max(STEP_BYTES, message.superblock_bytes)
+    step_bytes = max(min(STEP_BYTES, buffer.nbytes), message.superblock_bytes)
     answers: list[Answer] = []
     read_bytes = 0
     for start, end in groups(superblocks[:, 1], step_bytes):

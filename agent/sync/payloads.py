@@ -21,6 +21,12 @@ RANGE_BYTES = 16
 PROOF_BYTES = 32
 
 
+def fitting_frame_bytes(window_bytes: int) -> int:
+    """How many plain bytes a frame may have so that its payload fits a window, raw and in ranges of a page each."""
+    pages = (window_bytes - RANGE_BYTES - PROOF_BYTES) // (PAGE_BYTES + RANGE_BYTES + PROOF_BYTES)
+    return max(pages, 1) * PAGE_BYTES
+
+
 def ranges_to_wire(ranges: Ranges) -> bytes:
     """`ranges` as little-endian 64-bit pairs."""
     return np.ascontiguousarray(ranges, dtype="<u8").tobytes()

@@ -178,11 +178,11 @@ class SourcePass:
             await self.talk.send(lane, end)
 
     def _batch_bytes(self) -> int:
-        """Data of the next span. Under a limit about what may be read in a second, so that a slow pass is not silent
-        for so long that the target gives it up."""
-        most = SKIMMED_BYTES if self.tuning.quiet else self.buffers.buffer_bytes
-        limit = self.limits.read.bytes_per_s
-        return most if limit is None else max(BLOCK_BYTES, min(most, limit // BLOCK_BYTES * BLOCK_BYTES))
+        """Data of the next span: no more than may be asked about at once. Under a limit about what may be read in a
+        second, so that a slow pass is not silent for so long that the target gives it up."""
+        most = min(SKIMMED_BYTES if self.tuning.quiet else self.buffers.buffer_bytes, self.ahead_bytes)
+        limit = self.limits.read.bytes_per_s or most
+        return max(BLOCK_BYTES, min(most, limit) // BLOCK_BYTES * BLOCK_BYTES)
 
     async def _begin(self, span: Span) -> None:
         """Take what the span needs, in the order of the disk, and let it go its way."""

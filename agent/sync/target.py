@@ -7,7 +7,6 @@ sent. What it wrote is told by `agent.sync.writing`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -108,12 +107,16 @@ class TargetPass:
         self.talk.join(wire, self._listen)
 
     async def _give_signs_of_life(self) -> None:
-        # A connection that is over is noticed by those who have something to say.
-        with contextlib.suppress(ProtocolError):
-            while True:
-                await trio.sleep(SIGN_OF_LIFE_S)
+        while True:
+            await trio.sleep(SIGN_OF_LIFE_S)
+            try:
                 for lane in self.talk.lanes:
                     await self.talk.send(lane, Credit(payload_bytes=0))
+            except ProtocolError:
+                # Whoever still has something to say notices it as well. But nobody has where a source said its end on
+                # each connection that came, spoke of more connections than those, and is gone.
+                if self._lanes_ended and not self._everything_came.is_set():
+                    raise
 
     # --- receiving ------------------------------------------------------------------------------------------------
 

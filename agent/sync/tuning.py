@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agent.delta.compression import Choice, CompressionController, Interval
 from agent.delta.granularity import Granularity, GranularityChooser, Seen
-from agent.delta.pack import Packed, Packer
+from agent.delta.pack import MAX_FRAME_BYTES, Packed, Packer
+from agent.sync.payloads import fitting_frame_bytes
 
 INTERVAL_S = 0.1
 """How often compression is looked at: some frames of the slowest link, and soon enough for a pass of a second."""
@@ -32,11 +33,13 @@ class Tuning:
 
     Attributes:
         start: what the last pass over the disk ended with.
+        window_bytes: the smallest window of its connections, which every frame must fit whole.
     """
 
     start: Granularity | None = None
     was_quiet: bool = False
     packer: Packer = field(default_factory=Packer)
+    window_bytes: int = MAX_FRAME_BYTES * 2
 
     def __post_init__(self) -> None:
         self._chooser = GranularityChooser(self.start)
@@ -80,7 +83,8 @@ class Tuning:
     @property
     def compression(self) -> Choice:
         """How the next span's frames are made."""
-        return self._controller.choice
+        choice = self._controller.choice
+        return replace(choice, frame_bytes=min(choice.frame_bytes, fitting_frame_bytes(self.window_bytes)))
 
     def packed(self, frames: Iterable[Packed], packing_s: float) -> None:
         """Frames were made in so many thread-seconds."""

@@ -16,6 +16,7 @@ from agent.disk.open import open_source, open_target
 from agent.disk.raw import RawDisk
 from agent.disk.seam import Disk
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
+from tests.fakes.sparse_disk import SparseDisk, SparseStorage
 
 MIB = 1024 * 1024
 ODD_SIZE_BYTES = 10 * MIB + 517
@@ -111,6 +112,12 @@ def memory_storage(size_bytes: int) -> Storage:
     return Storage(size_bytes, True, lambda writable: MemoryDisk("vda", storage, writable=writable))
 
 
+def sparse_storage(size_bytes: int) -> Storage:
+    """The in-memory disk of the tests that may be huge."""
+    storage = SparseStorage(size_bytes)
+    return Storage(size_bytes, True, lambda writable: SparseDisk("vda", storage, writable=writable))
+
+
 @contextmanager
 def storage_of(kind: str, folder: Path) -> Iterator[Storage]:
     """The storage of that kind, fresh and empty."""
@@ -119,6 +126,8 @@ def storage_of(kind: str, folder: Path) -> Iterator[Storage]:
         match kind:
             case "memory":
                 storage = memory_storage(ODD_SIZE_BYTES)
+            case "sparse":
+                storage = sparse_storage(ODD_SIZE_BYTES)
             case "raw":
                 storage = raw_storage(sparse_file(folder / "raw", 10 * MIB), opened, 10 * MIB)
             case "raw-odd":
@@ -138,6 +147,7 @@ def storage_of(kind: str, folder: Path) -> Iterator[Storage]:
 
 KINDS = [
     "memory",
+    "sparse",
     "raw",
     "raw-odd",
     "qcow2",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from agent.delta.granularity import Granularity
 from agent.disk.seam import Disk
 from agent.errors import AgentError
 from agent.sync.buffers import BufferPool
-from agent.sync.conversation import Conversation, Lane
+from agent.sync.conversation import Conversation, Lane, Wire
 from agent.sync.meter import Meter
 from agent.sync.rate import Limits
 from agent.sync.source import SourcePass
@@ -20,12 +21,51 @@ from agent.sync.target import TargetPass
 from agent.sync.tuning import Tuning
 from agent.threads import Threads
 from protocol.errors import ProtocolError
-from protocol.messages import BlockData, CompareSpan, ZeroRanges
+from protocol.messages import BlockData, BulkMessage, CompareSpan, ZeroRanges
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 from tests.fakes.wire import FakeWire
 
+T = TypeVar("T")
+
 SEED = 7
 DEADLINE_S = 60.0
+
+
+@dataclass
+class CountingThreads(Threads):
+    """Threads that count their calls.
+
+    Attributes:
+        hops: calls of each kind so far.
+        under_way: calls that have not returned.
+    """
+
+    hops: dict[str, int] = field(default_factory=dict)
+    under_way: int = 0
+
+    async def on_disk(self, call: Callable[[], T]) -> T:
+        return await self._counted("disk", lambda: Threads.on_disk(self, call))
+
+    async def on_compute(self, call: Callable[[], T]) -> T:
+        return await self._counted("compute", lambda: Threads.on_compute(self, call))
+
+    async def on_wire(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+        return await self._counted("wire", lambda: Threads.on_wire(self, call, limiter))
+
+    async def _counted(self, kind: str, hop: Callable[[], Awaitable[T]]) -> T:
+        self.hops[kind] = self.hops.get(kind, 0) + 1
+        self.under_way += 1
+        try:
+            return await hop()
+        finally:
+            self.under_way -= 1
+
+    async def quiet(self, wires: Sequence[FakeWire]) -> None:
+        """Wait until every task waits, and every thread for something that the other end of a wire must say."""
+        while True:
+            await wait_all_tasks_blocked()
+            if self.under_way == sum(wire.waiting for wire in wires) and not any(wire.arrived for wire in wires):
+                return
 
 
 @dataclass
@@ -38,15 +78,36 @@ class PassRun:
     target_failure: AgentError | ProtocolError | None
     marked: int
     wires: list[FakeWire]
+    far: list[FakeWire] = field(default_factory=list)
 
     def sent(self, kind: type) -> int:
         """How many messages of that kind the source sent."""
-        return sum(isinstance(message, kind) for wire in self.wires for message, _ in wire.sent)
+        return sum(isinstance(message, kind) for message, _ in self.said)
+
+    @property
+    def said(self) -> list[tuple[BulkMessage, bytes]]:
+        """What the source sent, lane after lane."""
+        return [said for wire in self.wires for said in wire.sent]
+
+    @property
+    def answered(self) -> list[tuple[BulkMessage, bytes]]:
+        """What the target sent, lane after lane."""
+        return [said for wire in self.far for said in wire.sent]
+
+    @property
+    def wire_bytes(self) -> int:
+        """What crossed the wires both ways, frames whole."""
+        return sum(wire.bytes_sent for wire in (*self.wires, *self.far))
+
+    @property
+    def complete(self) -> bool:
+        """Whether both sides say so."""
+        return self.source_failure is None and self.target_failure is None
 
     @property
     def quiet(self) -> bool:
         """Whether neither data nor zeroes for compared blocks were sent."""
-        return not any(isinstance(message, BlockData | ZeroRanges) for wire in self.wires for message, _ in wire.sent)
+        return not any(isinstance(message, BlockData | ZeroRanges) for message, _ in self.said)
 
     @property
     def asked(self) -> int:
@@ -55,12 +116,12 @@ class PassRun:
 
 
 def source_pass(
-    disk: Disk, size_bytes: int, wires: Sequence[FakeWire], threads: Threads, meter: Meter, **others: Any
+    disk: Disk, size_bytes: int, wires: Sequence[Wire], threads: Threads, meter: Meter, **others: Any
 ) -> SourcePass:
     """The source's side over those wires; `others` replace what a small test would not say."""
     values: dict[str, Any] = {
         "seed": SEED,
-        "ahead_bytes": 8 << 20,
+        "ahead_bytes": 1 << 30,
         "buffers": BufferPool(4, 1 << 20),
         "limits": Limits(),
         "tuning": Tuning(),
@@ -72,7 +133,7 @@ def source_pass(
 def target_pass(
     disk: Disk,
     source_size_bytes: int,
-    wires: Sequence[FakeWire],
+    wires: Sequence[Wire],
     threads: Threads,
     meter: Meter,
     before_first_write: Callable[[], Awaitable[None]],
@@ -100,20 +161,38 @@ async def run_pass(
     lanes: int = 1,
 ) -> PassRun:
     """Make `target` equal `source`; failures are returned, not raised."""
-    threads = Threads()
     wires = [FakeWire.pair() for _ in range(lanes)]
-    near, far = [pair[0] for pair in wires], [pair[1] for pair in wires]
-    books = Meter("vda", source.size_bytes), Meter("vda", source.size_bytes)
-    run = PassRun(books[0], books[1], None, None, 0, near)
+    return await run_disks(
+        MemoryDisk("vda", source, writable=False),
+        MemoryDisk("vda", target),
+        wires=wires,
+        source_others={"buffers": BufferPool(4, batch_bytes), "tuning": Tuning(granularity)},
+    )
+
+
+async def run_disks(
+    source: Disk,
+    target: Disk,
+    *,
+    wires: Sequence[tuple[FakeWire, FakeWire]] | None = None,
+    threads: Threads | None = None,
+    size_bytes: int | None = None,
+    source_others: dict[str, Any] | None = None,
+    target_others: dict[str, Any] | None = None,
+) -> PassRun:
+    """The same on opened disks; what is not given is made small. `size_bytes`: the source's size as granted."""
+    pairs = [FakeWire.pair()] if wires is None else wires
+    threads = threads or Threads()
+    granted = source.size_bytes if size_bytes is None else size_bytes
+    near, far = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    run = PassRun(Meter("vda", granted), Meter("vda", granted), None, None, 0, near, far)
 
     async def mark() -> None:
         run.marked += 1
 
     async def send() -> None:
-        disk = MemoryDisk("vda", source, writable=False)
-        others = {"buffers": BufferPool(4, batch_bytes), "tuning": Tuning(granularity)}
         try:
-            await source_pass(disk, source.size_bytes, near, threads, books[0], **others).run()
+            await source_pass(source, granted, near, threads, run.source, **(source_others or {})).run()
         except (AgentError, ProtocolError) as error:
             run.source_failure = error
         finally:
@@ -121,9 +200,8 @@ async def run_pass(
                 wire.shutdown()
 
     async def receive() -> None:
-        disk = MemoryDisk("vda", target)
         try:
-            await target_pass(disk, source.size_bytes, far, threads, books[1], mark).run()
+            await target_pass(target, granted, far, threads, run.target, mark, **(target_others or {})).run()
         except (AgentError, ProtocolError) as error:
             run.target_failure = error
 

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.delta.blocks import Batch, Ranges, ZeroRun, coalesce, plan_batches, split_blocks, to_ranges
-from agent.delta.compare import differing
+from agent.delta.blocks import (
+    BLOCK_BYTES,
+    PAGE_BYTES,
+    Ranges,
+    coalesce,
+    gaps,
+    owners,
+    plan_spans,
+    split,
+    to_ranges,
+)
+from agent.delta.compare import Held, answer, portions
 from agent.delta.compression import Choice
-from agent.delta.digests import block_digests
 from agent.delta.pack import Codec, Packed, Packer, Unpacker
 from agent.disk.seam import Extent
 from agent.errors import DamagedFrame
+from agent.sync.hashing import holds_data
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 
-BLOCK = 4096  # small, so that many blocks fit a test
-BATCH = 4 * BLOCK
+B, PAGE = BLOCK_BYTES, PAGE_BYTES
+BLOCK = 4096  # small, so that many fit a test
 FRAME = 2 * BLOCK
 CHOICE = Choice(level=1, frame_bytes=FRAME)
 
-sizes = st.integers(1, 20 * BLOCK)
+sizes = st.integers(1, 20 * BLOCK) | st.integers(1, 20 * B)
 
 # What a run of a disk holds: nothing, zeroes that were written, or bytes of a pattern.
 fills = st.sampled_from(["hole", "zeroes", "ones", "text", "noise"])
@@ -34,7 +46,7 @@ def writes(draw: st.DrawFn, size: int) -> list[tuple[int, int, str]]:
     runs = []
     for _ in range(draw(st.integers(0, 8))):
         offset = draw(st.integers(0, size - 1))
-        length = draw(st.integers(1, min(size - offset, 6 * BLOCK)))
+        length = draw(st.integers(1, min(size - offset, 6 * B)))
         runs.append((offset, length, draw(fills)))
     return runs
 
@@ -98,75 +110,155 @@ def apply(target: MemoryDisk, packed: Packed, unpacker: Unpacker) -> None:
         at += length
 
 
-@settings(max_examples=300, deadline=None)
-@given(pair=disk_pairs(), seed=st.integers(0, 2**64 - 1))
-def test_a_pass_ends_equal_and_sends_no_block_that_was_equal(pair: tuple[MemoryDisk, MemoryDisk], seed: int) -> None:
+granularities = st.sampled_from([(B, PAGE), (B, B), (4 * B, PAGE), (4 * B, B), (64 * B, PAGE), (64 * B, B)])
+
+
+@settings(max_examples=120, deadline=None)
+@given(pair=disk_pairs(), sizes=granularities, seed=st.integers(0, 2**64 - 1), most_superblocks=st.integers(1, 5))
+def test_a_pass_ends_equal_and_sends_no_detail_that_was_equal(
+    pair: tuple[MemoryDisk, MemoryDisk], sizes: tuple[int, int], seed: int, most_superblocks: int
+) -> None:
     source, target = pair
+    superblock_bytes, detail_bytes = sizes
     size = source.size_bytes
-    before = bytes(target.storage.content)
+    before, content = bytes(target.storage.content), bytes(source.storage.content)
     packer, unpacker = Packer(), Unpacker()
     sent: list[Ranges] = []
-    for item in plan_batches(source.extents(0, size), size, block_bytes=BLOCK, batch_bytes=BATCH):
-        if isinstance(item, ZeroRun):
-            for offset, length in item.ranges.tolist():
-                target.write_zeroes(offset, length)
+    unread: set[int] = set()
+    for span in plan_spans(source.extents(0, size), size, batch_bytes=lambda: 4 * B):
+        for offset, length in gaps(span.data, span.offset_bytes, span.length_bytes).tolist():
+            target.write_zeroes(offset, length)
+        if not len(span.data):
             continue
-        ours, theirs = read(source, item.ranges), read(target, item.ranges)
-        chosen = differing(
-            block_digests(ours, item.block_lengths(), seed=seed), block_digests(theirs, item.block_lengths(), seed=seed)
+        held = Held(span.data, read(source, span.data))
+        superblocks, digests = held.superblocks(superblock_bytes, seed=seed)
+        theirs = superblocks[holds_data(target, superblocks)]
+        told = answer(
+            superblocks,
+            digests,
+            Held(theirs, read(target, theirs)),
+            superblock_bytes=superblock_bytes,
+            detail_bytes=detail_bytes,
+            seed=seed,
         )
-        frames = packer.pack(ours, *runs_of(item.blocks(), chosen), CHOICE)
-        if frames:
-            rising = np.concatenate([frame.ranges for frame in frames])
-            assert (rising[1:, 0] >= rising[:-1, 0] + rising[:-1, 1]).all()
-            sent.append(split_blocks(rising, BLOCK))
-        for frame in frames:
-            apply(target, frame, unpacker)
-    content = bytes(source.storage.content)
+        for portion in portions(
+            superblocks,
+            told,
+            superblock_bytes=superblock_bytes,
+            detail_bytes=detail_bytes,
+            most_bytes=most_superblocks * superblock_bytes,
+        ):
+            changed = portion.changed(held, seed=seed)
+            sent.append(changed)
+            unread |= set(split(portion.superblocks[portion.empty], min(superblock_bytes, detail_bytes))[:, 0].tolist())
+            for frame in packer.pack(held.buffer, changed, held.starts(changed), CHOICE):
+                apply(target, frame, unpacker)
     assert bytes(target.storage.content) == content
-    for offset, length in (np.concatenate(sent) if sent else to_ranges([])).tolist():
-        assert before[offset : offset + length] != content[offset : offset + length]
+    everything = np.concatenate(sent) if sent else to_ranges([])
+    assert (everything[1:, 0] >= everything[:-1, 0] + everything[:-1, 1]).all()
+    for offset, length in split(everything, min(superblock_bytes, detail_bytes)).tolist():
+        # What the target knew to be zero is sent whole, the rest only where it differs.
+        assert offset in unread or before[offset : offset + length] != content[offset : offset + length]
+
+
+@st.composite
+def differences(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """Two contents of one length that differ in some bytes, some of them next to borders."""
+    length = draw(st.integers(1, 6 * B))
+    ours = np.random.default_rng(length).bytes(length)
+    theirs = bytearray(ours)
+    borders = st.sampled_from(sorted({0, PAGE - 1, PAGE, B - 1, B, 4 * B - 1, 4 * B, length - 1}))
+    for at in draw(st.lists(st.one_of(borders, st.integers(0, length - 1)), max_size=6)):
+        if at < length:
+            theirs[at] ^= draw(st.integers(1, 255))
+    return ours, bytes(theirs)
+
+
+@settings(deadline=None)
+@given(contents=differences(), sizes=granularities, block=st.integers(0, 70), seed=st.integers(0, 2**64 - 1))
+def test_what_changed_covers_every_differing_byte_and_of_pages_no_equal_one(
+    contents: tuple[bytes, bytes], sizes: tuple[int, int], block: int, seed: int
+) -> None:
+    ours, theirs = contents
+    superblock_bytes, detail_bytes = sizes
+    data = to_ranges([(block * B, len(ours))])
+    near, far = Held(data, memoryview(ours)), Held(data, memoryview(theirs))
+    superblocks, digests = near.superblocks(superblock_bytes, seed=seed)
+    told = answer(superblocks, digests, far, superblock_bytes=superblock_bytes, detail_bytes=detail_bytes, seed=seed)
+    found = portions(
+        superblocks, told, superblock_bytes=superblock_bytes, detail_bytes=detail_bytes, most_bytes=len(ours)
+    )
+    changed = np.zeros(len(ours), dtype=bool)
+    for offset, length in (run for portion in found for run in portion.changed(near, seed=seed).tolist()):
+        start = offset - block * B
+        assert not changed[start : start + length].any()
+        changed[start : start + length] = True
+        if detail_bytes == PAGE:
+            for page in range(start, start + length, PAGE):
+                assert ours[page : page + PAGE] != theirs[page : page + PAGE]
+    differs = np.frombuffer(ours, dtype=np.uint8) != np.frombuffer(theirs, dtype=np.uint8)
+    assert not (differs & ~changed).any()
 
 
 @st.composite
 def maps(draw: st.DrawFn) -> list[Extent]:
     """The extents of a disk, as storage may tell them: neighbours of one kind included."""
     extents, offset = [], 0
-    for length, zero in draw(st.lists(st.tuples(st.integers(1, 5 * BLOCK), st.booleans()), min_size=1, max_size=30)):
+    for length, zero in draw(st.lists(st.tuples(st.integers(1, 5 * B), st.booleans()), min_size=1, max_size=30)):
         extents.append(Extent(offset, length, zero))
         offset += length
     return extents
 
 
-@given(extents=maps())
-def test_batches_and_zero_runs_cover_the_disk_exactly_once(extents: list[Extent]) -> None:
+@given(extents=maps(), batch_ranges=st.integers(1, 5))
+def test_spans_cover_the_disk_exactly_once_and_leave_out_only_known_zeroes(
+    extents: list[Extent], batch_ranges: int
+) -> None:
     size = extents[-1].offset_bytes + extents[-1].length_bytes
-    items = list(plan_batches(extents, size, block_bytes=BLOCK, batch_bytes=BATCH))
-    batches = [item for item in items if isinstance(item, Batch)]
-    zero_runs = [item for item in items if isinstance(item, ZeroRun)]
-    assert [batch.number for batch in batches] == list(range(len(batches)))
-
-    data = np.concatenate([batch.ranges for batch in batches]) if batches else to_ranges([])
-    zeroes = np.concatenate([run.ranges for run in zero_runs]) if zero_runs else to_ranges([])
-    everything = np.concatenate((data, zeroes))
-    everything = everything[np.argsort(everything[:, 0])]
-    assert coalesce(everything).tolist() == [[0, size]]
-    for ranges in (data, zeroes):  # each kind rises
-        assert (ranges[1:, 0] >= ranges[:-1, 0] + ranges[:-1, 1]).all()
-    ends = everything[:, 0] + everything[:, 1]
-    assert (everything[:, 0] % BLOCK == 0).all()
-    assert ((ends % BLOCK == 0) | (ends == size)).all()
-
-    for batch in batches:
-        assert batch.data_bytes == BATCH or batch is batches[-1]
-        assert coalesce(batch.ranges).tolist() == batch.ranges.tolist()
+    spans = list(plan_spans(extents, size, batch_bytes=lambda: 4 * B, batch_ranges=batch_ranges))
+    assert [span.number for span in spans] == list(range(len(spans)))
+    assert [span.offset_bytes for span in spans] == [0, *(span.end_bytes for span in spans[:-1])]
+    assert spans[-1].end_bytes == size
     known = np.zeros(size, dtype=bool)
     for extent in extents:
         known[extent.offset_bytes : extent.offset_bytes + extent.length_bytes] = extent.zero
-    for offset, length in zeroes.tolist():
-        assert known[offset : offset + length].all()
-    for offset, length in split_blocks(data, BLOCK).tolist():
-        assert not known[offset : offset + length].all()
+    for span in spans:
+        assert not span.offset_bytes % B
+        assert len(span.data) <= batch_ranges
+        full = span.data_bytes == 4 * B or len(span.data) == batch_ranges
+        assert full or (span.data_bytes < 4 * B and span is spans[-1])
+        assert coalesce(span.data).tolist() == span.data.tolist()
+        zeroes = gaps(span.data, span.offset_bytes, span.length_bytes)
+        both = np.concatenate((span.data, zeroes))
+        assert coalesce(both[np.argsort(both[:, 0])]).tolist() == [[span.offset_bytes, span.length_bytes]]
+        for offset, length in zeroes.tolist():
+            assert known[offset : offset + length].all()
+        for offset, length in split(span.data, B).tolist():
+            assert not offset % B
+            assert length == B or offset + length == size
+            assert not known[offset : offset + length].all()
+
+
+ranges = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), max_size=8).map(
+    lambda steps: to_ranges(_rising(steps))
+)
+
+
+def _rising(steps: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    at = 0
+    for skip, length in steps:
+        yield at + skip, length
+        at += skip + length
+
+
+@given(ranges=ranges, unit=st.integers(1, 40))
+def test_pieces_are_their_ranges_and_know_them(ranges: Ranges, unit: int) -> None:
+    pieces = split(ranges, unit)
+    assert coalesce(pieces).tolist() == coalesce(ranges).tolist()
+    assert (pieces[:, 0] // np.uint64(unit) == (pieces[:, 0] + pieces[:, 1] - np.uint64(1)) // np.uint64(unit)).all()
+    for (offset, length), owner in zip(pieces.tolist(), owners(ranges, pieces).tolist(), strict=True):
+        start, size = ranges[owner].tolist()
+        assert start <= offset < offset + length <= start + size
 
 
 contents = st.lists(
@@ -179,7 +271,7 @@ contents = st.lists(
 @given(content=contents, tail=st.integers(1, BLOCK), data=st.data())
 def test_what_is_packed_is_what_is_unpacked(content: bytes, tail: int, data: st.DataObject) -> None:
     content += b"\x07" * tail
-    blocks = split_blocks(to_ranges([(7 * BLOCK, len(content))]), BLOCK)
+    blocks = split(to_ranges([(7 * BLOCK, len(content))]), BLOCK)
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(blocks), max_size=len(blocks))), dtype=bool)
     disk = MemoryDisk("vda", MemoryStorage(7 * BLOCK + len(content)))
     disk.write(0, memoryview(b"\xee" * disk.size_bytes))
@@ -194,7 +286,7 @@ def test_what_is_packed_is_what_is_unpacked(content: bytes, tail: int, data: st.
 @settings(max_examples=400)
 @given(content=contents, data=st.data())
 def test_a_mutated_frame_is_refused_or_means_the_same(content: bytes, data: st.DataObject) -> None:
-    blocks = split_blocks(to_ranges([(0, len(content))]), BLOCK)
+    blocks = split(to_ranges([(0, len(content))]), BLOCK)
     frames = Packer().pack(memoryview(content), *runs_of(blocks, np.ones(len(blocks), dtype=bool)), CHOICE)
     packed = next((frame for frame in frames if not frame.zero), None)
     if packed is None:
@@ -284,6 +376,6 @@ def test_frames_hold_each_byte_of_the_runs_once_in_order_and_zeroes_apart(
 
 @given(garbage=st.binary(max_size=200), codec=st.sampled_from(Codec), count=st.integers(1, 3))
 def test_garbage_is_a_damaged_frame(garbage: bytes, codec: Codec, count: int) -> None:
-    blocks = split_blocks(to_ranges([(0, count * BLOCK)]), BLOCK)
+    blocks = split(to_ranges([(0, count * BLOCK)]), BLOCK)
     with pytest.raises(DamagedFrame):
         Unpacker().unpack(memoryview(garbage), codec, blocks, memoryview(bytes(32 * count)))

@@ -1,111 +1,20 @@
-"""Zeroes, frames and their opening, by values."""
+"""Making frames, by values."""
 
 from __future__ import annotations
 
 import random
 import threading
-import tracemalloc
 
 import numpy as np
 import pytest
 import zstandard
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from agent.delta import pack as pack_module
-from agent.delta.blocks import BLOCK_BYTES, Ranges, split, to_ranges
+from agent.delta.blocks import to_ranges
 from agent.delta.compression import Choice
-from agent.delta.pack import Codec, Packed, Packer, Unpacker
-from agent.delta.zeroes import is_zero, split_zeroes
-from agent.errors import DamagedFrame
-
-B = BLOCK_BYTES
-P = 4096
-MIB = 1 << 20
-FAST = Choice(level=1, frame_bytes=MIB)
-OFF = Choice(level=None, frame_bytes=MIB)
-
-
-def noise(length: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(length)
-
-
-def text(length: int) -> bytes:
-    return (b"so it goes. " * (length // 12 + 1))[:length]
-
-
-def pack(
-    content: bytes,
-    runs: list[tuple[int, int]] | None = None,
-    choice: Choice = FAST,
-    packer: Packer | None = None,
-    first: int = B,
-) -> list[Packed]:
-    """Frames of a buffer that holds the disk from `first` on; all of it by default."""
-    ranges = to_ranges([(first, len(content))] if runs is None else runs)
-    return (packer or Packer()).pack(memoryview(content), ranges, ranges[:, 0] - np.uint64(first), choice)
-
-
-def stored(packed: Packed) -> bytes:
-    return b"".join(packed.pieces)
-
-
-def unpack(packed: Packed, payload: bytes | None = None, ranges: Ranges | None = None) -> memoryview:
-    return Unpacker().unpack(
-        memoryview(stored(packed) if payload is None else payload),
-        packed.codec,
-        packed.ranges if ranges is None else ranges,
-        memoryview(packed.proofs),
-    )
-
-
-# --- zeroes -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 4096, B, B + 3])
-def test_only_a_block_of_zeroes_is_zero(length: int) -> None:
-    block = bytearray(length)
-    assert is_zero(memoryview(block))
-    for at in {0, length // 2, length - 1}:
-        block[at] = 0x80
-        assert not is_zero(memoryview(block))
-        block[at] = 0
-
-
-def split(content: bytes, first: int, runs: list[tuple[int, int]]) -> list[tuple[int, int, int, bool]]:
-    ranges = np.array(runs, dtype=np.int64)
-    offsets, lengths = ranges[:, 0], ranges[:, 1]
-    parts = split_zeroes(memoryview(content), offsets, lengths, offsets - first)
-    return list(zip(*(part.tolist() for part in parts), strict=True))
-
-
-def test_runs_are_cut_where_aligned_blocks_of_zeroes_begin_and_end() -> None:
-    content = noise(P) + bytes(B + 2 * B) + noise(P)
-    # The run begins a page before a boundary: of its zeroes, three blocks are aligned.
-    assert split(content, B - P, [(B - P, len(content))]) == [
-        (B - P, P, 0, False),
-        (B, 3 * B, P, True),
-        (4 * B, P, P + 3 * B, False),
-    ]
-
-
-def test_zeroes_that_fill_no_aligned_block_stay_data() -> None:
-    content = bytes(2 * B - P)
-    assert split(content, P, [(P, len(content))]) == [(P, B - P, 0, False), (B, B, B - P, True)]
-    assert split(content, P, [(P, B)]) == [(P, B, 0, False)]
-
-
-def test_neighbours_of_different_runs_are_told_apart() -> None:
-    content = bytes(4 * B)
-    assert split(content, 0, [(0, B), (2 * B, 2 * B)]) == [(0, B, 0, True), (2 * B, 2 * B, 2 * B, True)]
-
-
-def test_one_byte_makes_a_block_data_wherever_it_stands() -> None:
-    for at in (0, 1, 4092, 4093, 4096, B - 1):
-        content = bytearray(2 * B)
-        content[at] = 1
-        assert split(bytes(content), 0, [(0, 2 * B)]) == [(0, B, 0, False), (B, B, B, True)]
-
+from agent.delta.pack import Codec, Packer, Unpacker
+from tests.unit.delta_house import FAST, MIB, OFF, B, P, noise, pack, stored, text, unpack
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------
 
@@ -227,6 +136,14 @@ def test_each_range_has_its_blake3() -> None:
     assert packed.plain_bytes == B + 2 * P + 100
 
 
+def test_no_range_reaches_over_a_block_so_that_a_failed_proof_tells_where() -> None:
+    content = noise(2 * B + 3 * P)
+    (packed,) = pack(content, [(B + 3 * P, 2 * B)])
+    assert packed.ranges.tolist() == [[B + 3 * P, B - 3 * P], [2 * B, B], [3 * B, 3 * P]]
+    assert len(packed.proofs) == 3 * 32
+    assert unpack(packed) == content[3 * P :]
+
+
 def test_adjoining_runs_become_one_range() -> None:
     content = noise(8 * P)
     (packed,) = pack(content, [(B, P), (B + P, 2 * P), (B + 4 * P, P)])
@@ -246,7 +163,7 @@ def test_zeroes_become_ranges_in_their_turn() -> None:
     assert [(frame.zero, frame.ranges.tolist()) for frame in frames] == [
         (False, [[B, B]]),
         (True, [[2 * B, 2 * B]]),
-        (False, [[4 * B, B + 5]]),
+        (False, [[4 * B, B], [5 * B, 5]]),
     ]
     zero = frames[1]
     assert (zero.pieces, zero.proofs, zero.stored_bytes, zero.plain_bytes) == ((), b"", 0, 2 * B)
@@ -261,7 +178,11 @@ def test_zeroes_with_no_data_between_them_are_one_entry() -> None:
 def test_frames_are_full_but_for_the_last_and_long_runs_are_cut_at_pages() -> None:
     content = noise(5 * B + 100)
     frames = pack(content, choice=Choice(1, 2 * B + 100))
-    assert [frame.ranges.tolist() for frame in frames] == [[[B, 2 * B]], [[3 * B, 2 * B]], [[5 * B, B + 100]]]
+    assert [frame.ranges.tolist() for frame in frames] == [
+        [[B, B], [2 * B, B]],
+        [[3 * B, B], [4 * B, B]],
+        [[5 * B, B], [6 * B, 100]],
+    ]
     assert [frame.plain_bytes for frame in pack(content, choice=Choice(1, 1))] == [P] * 80 + [100]
 
 
@@ -360,80 +281,3 @@ def test_several_threads_may_share_a_packer_and_an_unpacker() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_bomb_is_refused_by_its_declared_size_before_it_is_opened() -> None:
-    (packed,) = pack(b"x" * B)
-    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    tracemalloc.start()
-    with pytest.raises(DamagedFrame, match=f"declares {1 << 28} bytes instead of {B}"):
-        unpack(packed, bomb)
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak_bytes < 1 << 20
-
-
-def test_a_frame_that_hides_its_size_is_refused() -> None:
-    (packed,) = pack(b"x" * B)
-    streamed = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20))
-    with pytest.raises(DamagedFrame, match="declares"):
-        unpack(packed, streamed)
-
-
-def test_a_frame_with_something_behind_it_is_refused() -> None:
-    (packed,) = pack(b"x" * B)
-    for tail in (b"\0", stored(packed)):
-        with pytest.raises(DamagedFrame):
-            unpack(packed, stored(packed) + tail)
-
-
-def test_a_frame_that_lies_about_its_size_is_refused() -> None:
-    # The content size of a small single-segment frame stands in its header (RFC 8878, 3.1.1.1.4).
-    (packed,) = pack(b"x" * B)
-    short = zstandard.ZstdCompressor().compress(b"x" * 100)
-    at = short.index(bytes([100]))
-    lying = short[:at] + bytes([101]) + short[at + 1 :]
-    assert zstandard.frame_content_size(lying) == 101
-    with pytest.raises(DamagedFrame, match="cannot be decompressed"):
-        unpack(packed, lying, to_ranges([(B, 101)]))
-
-
-def blocks_of(content: bytes) -> Packed:
-    """A raw frame with a range for each block."""
-    ranges = split(to_ranges([(B, len(content))]))
-    starts: NDArray[np.uint64] = ranges[:, 0] - np.uint64(B)
-    proofs = b"".join(blake3(content[start : start + B]).digest() for start in starts.tolist())
-    return Packed(False, ranges, proofs, Codec.RAW, None, len(content), (content,))
-
-
-def test_a_range_that_is_not_its_proof_is_named_by_its_offset() -> None:
-    content = noise(3 * B)
-    damaged = bytearray(content)
-    damaged[B + 5] ^= 1
-    with pytest.raises(DamagedFrame, match=f"from offset {2 * B} on arrived damaged") as caught:
-        unpack(blocks_of(content), bytes(damaged))
-    assert caught.value.code == "damaged-frame"
-    assert caught.value.facts == {"offset_bytes": 2 * B}
-
-
-def test_lengths_and_proofs_must_fit_what_came() -> None:
-    packed = blocks_of(noise(2 * B))
-    with pytest.raises(DamagedFrame, match=f"{2 * B} bytes came for ranges of {2 * B + 1}"):
-        unpack(packed, ranges=to_ranges([(B, B), (2 * B, B + 1)]))
-    with pytest.raises(DamagedFrame, match="64 bytes of digests came for 1 ranges"):
-        unpack(packed, ranges=to_ranges([(B, 2 * B)]))
-
-
-def test_lengths_that_would_wrap_around_are_refused() -> None:
-    packed = blocks_of(noise(2 * B))
-    with pytest.raises(DamagedFrame, match="came for ranges of"):
-        unpack(packed, ranges=to_ranges([(B, 2**64 - B), (2 * B, 3 * B)]))
-
-
-def test_an_unpacked_raw_frame_is_not_copied() -> None:
-    payload = noise(B)
-    plain = unpack(blocks_of(payload), payload)
-    assert plain.obj is payload
