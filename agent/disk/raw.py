@@ -27,6 +27,7 @@ READERS = 2
 """Threads that read a file or device at once: the second asks while the first one's answer is on its way."""
 
 _ZEROES = memoryview(bytes(1024 * 1024))
+_EXTENTS_AT_ONCE = 256  # asked of the file system in one go: asking is quicker than being let in and out for each
 _ZERO_STEP_BYTES = 1024 * 1024 * 1024  # one fallocate call on a block device may take its time; not for terabytes
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -180,16 +181,17 @@ class RawDisk:
         """Walk data and holes; lseek(2): a hole reads as zero. Only lseek's answers are used, never the position it
         leaves behind, which is shared with every duplicate of the descriptor."""
         while offset_bytes < end:
+            found: list[Extent] = []
             with self._gate.request("mapping", offset_bytes, end - offset_bytes):
-                data = self._seek(offset_bytes, os.SEEK_DATA)
-            if data > offset_bytes:
-                yield Extent(offset_bytes, min(data, end) - offset_bytes, zero=True)
-            if data >= end:
-                return
-            with self._gate.request("mapping", data, end - data):
-                hole = self._seek(data, os.SEEK_HOLE)
-            yield Extent(data, min(hole, end) - data, zero=False)
-            offset_bytes = hole
+                while offset_bytes < end and len(found) < _EXTENTS_AT_ONCE:
+                    data = min(self._seek(offset_bytes, os.SEEK_DATA), end)
+                    if data > offset_bytes:
+                        found.append(Extent(offset_bytes, data - offset_bytes, zero=True))
+                    offset_bytes = data
+                    if data < end:
+                        offset_bytes = min(self._seek(data, os.SEEK_HOLE), end)
+                        found.append(Extent(data, offset_bytes - data, zero=False))
+            yield from found
 
     def _seek(self, offset_bytes: int, whence: int) -> int:
         try:

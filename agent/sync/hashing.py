@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
 from agent.delta.blocks import Ranges, as_runs, split, total_bytes
 from agent.delta.compare import Answer, Held, Mask, answer, groups, joined, same
-from agent.delta.digests import Digests, block_digests, digests_from_wire, superblock_digests
+from agent.delta.digests import DIGEST_BYTES, Digests, block_digests, digests_from_wire, superblock_digests
 from agent.disk.seam import Disk
 from agent.sync.payloads import Question
 
@@ -50,13 +51,10 @@ def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes:
     blocks: list[bytes] = []
     at = 0
     for runs in _steps(data, min(STEP_BYTES, buffer.nbytes)):
-        length = sum(length for _, length in runs)
-        disk.read_runs(runs, buffer[at : at + length])
-        start = at
-        for _, part in runs:
-            blocks += block_digests(buffer[start : start + part], seed=seed)
-            start += part
-        at = start if keeps else 0
+        part = buffer[at : at + sum(length for _, length in runs)]
+        disk.read_runs(runs, part)
+        blocks += _blocks(runs, part, seed)
+        at += part.nbytes if keeps else 0
     digests = superblock_digests(data.tolist(), blocks, superblock_bytes, seed=seed)
     return Hashed(
         split(data, superblock_bytes),
@@ -81,24 +79,26 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
     """
     superblocks, message = question.superblocks, question.message
     is_data = holds_data(disk, superblocks)
-    step_bytes = max(min(STEP_BYTES, buffer.nbytes), message.superblock_bytes)
+    pieces: list[tuple[int, int]] = [(offset, length) for offset, length in superblocks.tolist()]
+    theirs = question.digests.tobytes()
     answers: list[Answer] = []
     read_bytes = 0
-    for start, end in groups(superblocks[:, 1], step_bytes):
-        some, theirs = superblocks[start:end], question.digests[start:end]
-        held = read_data(disk, some[is_data[start:end]], buffer)
-        read_bytes += held.buffer.nbytes
-        blocks = held.blocks(seed=seed)
-        digests = superblock_digests(held.ranges.tolist(), blocks, message.superblock_bytes, seed=seed)
+    for start, end in groups(superblocks[:, 1], max(min(STEP_BYTES, buffer.nbytes), message.superblock_bytes)):
+        runs = list(compress(pieces[start:end], is_data[start:end].tolist()))
+        part = buffer[: sum(length for _, length in runs)]
+        disk.read_runs(runs, part)
+        read_bytes += part.nbytes
+        digests = superblock_digests(runs, _blocks(runs, part, seed), message.superblock_bytes, seed=seed)
         ours = b"".join(digests)
         # Where all is the same, one comparison of bytes tells; the arithmetic is for where it is not.
-        if len(digests) == len(some) and ours == theirs.tobytes():
-            answers.append(same(len(some)))
+        if len(runs) == end - start and ours == theirs[start * DIGEST_BYTES : end * DIGEST_BYTES]:
+            answers.append(same(end - start))
             continue
+        some = superblocks[start:end]
         told = answer(
             some,
-            theirs,
-            held,
+            question.digests[start:end],
+            Held(some[is_data[start:end]], part),
             superblock_bytes=message.superblock_bytes,
             detail_bytes=message.detail_bytes,
             seed=seed,
@@ -106,6 +106,16 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
         )
         answers.append(told)
     return joined(answers), read_bytes
+
+
+def _blocks(runs: Sequence[tuple[int, int]], buffer: memoryview, seed: int) -> list[bytes]:
+    """The digest of each block of runs that lie end to end in `buffer`."""
+    blocks: list[bytes] = []
+    at = 0
+    for _, length in runs:
+        blocks += block_digests(buffer[at : at + length], seed=seed)
+        at += length
+    return blocks
 
 
 def holds_data(disk: Disk, pieces: Ranges) -> Mask:
