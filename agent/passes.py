@@ -14,6 +14,7 @@ from functools import partial
 
 import trio
 
+from agent.arrivals import Arrivals, hang_up
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
 from agent.sync.buffers import TARGET_BUFFER_BYTES, TARGET_BUFFERS, BufferPool, Windows
@@ -25,7 +26,7 @@ from agent.sync.target import TargetPass
 from agent.sync.tuning import Tunings
 from agent.threads import Threads, cores
 from protocol.bulk import BulkSocket
-from protocol.errors import ConnectionLost, PeerViolation
+from protocol.errors import PeerViolation
 from protocol.lanes import lanes_wanted
 from protocol.limits import MAX_LANES
 from protocol.messages import (
@@ -40,9 +41,6 @@ from protocol.messages import (
     PassVerified,
 )
 
-AHEAD_BYTES = 1 << 30
-"""Data that may be asked about ahead of the answers on one connection: never what holds a source back, which has less
-memory than that, and a bound for the questions that wait here."""
 DISKS_AT_ONCE = 8
 """Disks of this host that are sent side by side, the rest in their turn: they share the batch buffers, and more of them
 would only take turns at those."""
@@ -218,7 +216,8 @@ class PassDesk:
         async def one(granted: GrantedDisk, meter: Meter) -> None:
             first, hello = await _arrival(session, granted.target)
             session.working += 1
-            arrived = Arrivals(self, session, granted.target, hello.digest_seed)
+            waiting = session.waiting[granted.target]
+            arrived = Arrivals(self.threads, self.windows, waiting, granted.target, hello.digest_seed)
             try:
                 await arrived.welcome(first)
                 target = TargetPass(
@@ -287,7 +286,7 @@ class PassDesk:
             return verified
         finally:
             for connection in connections:
-                await self.hang_up(connection)
+                await hang_up(self.threads, connection)
 
     async def _connect(
         self, connections: list[BulkSocket], granted: GrantedDisk, seed: int, connect: Connect
@@ -297,11 +296,6 @@ class PassDesk:
         )
         connections.append(connection)
         return welcome
-
-    async def hang_up(self, connection: BulkSocket) -> None:
-        """Closing waits a moment for the peer to read our last word: not on the thread that serves everybody."""
-        with trio.CancelScope(shield=True):
-            await self.threads.on_network(connection.close)
 
     async def _all(
         self,
@@ -322,45 +316,6 @@ class PassDesk:
 
         await accompanied(disks, tell)
         return tuple(meter.report() for meter in meters.values())
-
-
-@dataclass
-class Arrivals:
-    """The connections of one disk of a receiving pass: each is welcomed with a window, and hung up on at the end."""
-
-    desk: PassDesk
-    session: Session
-    target: str
-    seed: int
-    _taken: list[tuple[BulkSocket, int]] = field(default_factory=list)
-
-    async def welcome(self, connection: BulkSocket) -> None:
-        """Let it in."""
-        window_bytes = self.desk.windows.lease()
-        self._taken.append((connection, window_bytes))
-        await self.desk.threads.on_network(
-            lambda: connection.welcome(window_bytes=window_bytes, ahead_bytes=AHEAD_BYTES, lanes=MAX_LANES)
-        )
-
-    async def let_join(self, target: TargetPass) -> None:
-        """Let further connections of the disk take part in its pass."""
-        while True:
-            connection, hello = await self.session.waiting[self.target].receive()
-            if hello.digest_seed != self.seed or len(self._taken) == MAX_LANES:
-                sentence = f"the pass of disk {self.target} takes no more connections, or not this one"
-                await self.desk.threads.on_network(partial(connection.refuse, "forbidden", sentence))
-                continue
-            # One that is lost at once is the source's to tell: it has counted it.
-            with contextlib.suppress(ConnectionLost):
-                await self.welcome(connection)
-                target.join(connection)
-
-    async def hang_up(self) -> None:
-        """The pass is over."""
-        for connection, window_bytes in self._taken:
-            await self.desk.hang_up(connection)
-            self.desk.windows.give_back(window_bytes)
-        self._taken.clear()
 
 
 async def _arrival(session: Session, target: str) -> tuple[BulkSocket, BulkHello]:

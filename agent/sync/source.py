@@ -8,107 +8,39 @@ two round trips of latency, one for the comparison and one for the proof, howeve
 from __future__ import annotations
 
 import mmap
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-import numpy as np
 import trio
 
-from agent.delta.blocks import BLOCK_BYTES, Ranges, Span, plan_spans, split, total_bytes
-from agent.delta.compare import Answer, Held, Portion, portions
-from agent.delta.compression import Choice
+from agent.delta.blocks import BLOCK_BYTES, Span, plan_spans, total_bytes
+from agent.delta.compare import Held, Portion, portions
 from agent.delta.digests import digests_to_wire
-from agent.delta.granularity import Granularity, Seen
-from agent.delta.pack import Packed, Packer
+from agent.delta.granularity import Seen
+from agent.delta.pack import Packed
 from agent.disk.seam import Disk
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane
-from agent.sync.hashing import Hashed, hash_span, read_data
+from agent.sync.hashing import hash_span, read_data
 from agent.sync.meter import Meter
 from agent.sync.payloads import answer_from_wire, ranges_to_wire
 from agent.sync.rate import Limits
 from agent.sync.tuning import INTERVAL_S, Tuning
+from agent.sync.work import Found, LaneBooks, Work, chosen, timed
 from protocol.errors import PeerViolation
 from protocol.messages import BlockData, Codec, CompareSpan, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
 
 PLANNED_AT_ONCE = 4
 """Spans planned in one thread hop: asking for extents is quick, the hop is not."""
-SKIMMED_BYTES = 64 << 20
+SKIMMED_BYTES = 128 << 20
 """Data of a span where next to nothing differs: it is read through one buffer, and what differs is read once more."""
-SKIMMED_AT_ONCE = 8
+SKIMMED_AT_ONCE = 4
 """Such spans that are asked about and not settled: what may be read once more when a disk turns out to differ."""
 PORTION_BYTES = 4 << 20
 """How much of a skimmed span is read once more at a time; a superblock at least."""
-
-
-@dataclass(eq=False)
-class Work:
-    """A span on its way: read and hashed, asked about, answered, settled (what differs of it is sent).
-
-    Attributes:
-        before: the span before it on its lane: questions and data of a lane keep the order of the disk.
-        skimmed: it has more data than a buffer holds.
-    """
-
-    span: Span
-    lane: Lane
-    granularity: Granularity
-    buffer: memoryview | None
-    before: Work | None
-    skimmed: bool
-    hashed: Hashed | None = None
-    answer: Answer | None = None
-    asked: trio.Event = field(default_factory=trio.Event)
-    answered: trio.Event = field(default_factory=trio.Event)
-    settled: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def held(self) -> Held:
-        """The bytes, which are still there."""
-        assert self.hashed is not None
-        assert self.hashed.held is not None
-        return self.hashed.held
-
-
-@dataclass
-class Found:
-    """What comparing the details of a span showed.
-
-    Attributes:
-        details: compared; `differing_details` of them.
-        differing_blocks: of 64 KiB, in which something differs.
-    """
-
-    details: int = 0
-    differing_details: int = 0
-    differing_blocks: int = 0
-
-    def add(self, portion: Portion, changed: Ranges) -> None:
-        """What of a portion must be sent. What the target reads as zero tells nothing of granularity."""
-        self.details += len(portion.pieces)
-        if len(portion.pieces):
-            inside = np.isin(changed[:, 0], portion.superblocks[portion.empty, 0], invert=True)
-            self.differing_details += int(inside.sum())
-            changed = changed[inside]
-        else:
-            changed = changed[~portion.empty]
-        self.differing_blocks += len(np.unique(split(changed, BLOCK_BYTES)[:, 0] // np.uint64(BLOCK_BYTES)))
-
-
-@dataclass
-class LaneBooks:
-    """What one connection has carried of the pass, as `EndOfPass` tells it."""
-
-    ahead: ByteBudget
-    pending: dict[int, Work] = field(default_factory=dict)
-    last: Work | None = None
-    data_bytes: int = 0
-    zero_bytes: int = 0
-    compared_bytes: int = 0
 
 
 @dataclass
@@ -233,8 +165,10 @@ class SourcePass:
             seed=self.seed,
         )
         async with self._readers:
-            work.hashed = await self.talk.threads.on_disk(call)
-        if work.hashed.held is None:
+            hashed, seconds = await self.talk.threads.on_disk(partial(timed, call))
+        self.tuning.read(work.span.data_bytes, seconds)
+        work.hashed = hashed
+        if hashed.held is None:
             self._let_go(work)
         self.meter.compared_bytes += work.span.data_bytes
 
@@ -335,9 +269,8 @@ class SourcePass:
         )
 
     async def _pack(self, portion: Portion, held: Held, found: Found) -> list[Packed]:
-        changed, frames, packing_s = await self.talk.threads.on_compute(
-            partial(_choose, portion, held, self.tuning.packer, self.tuning.compression, self.seed)
-        )
+        choose = partial(chosen, portion, held, self.tuning.packer, self.tuning.compression, self.seed)
+        (changed, frames), packing_s = await self.talk.threads.on_compute(partial(timed, choose))
         found.add(portion, changed)
         self.tuning.packed(frames, packing_s)
         return frames
@@ -393,12 +326,3 @@ class SourcePass:
             link_s += max(0.0, lane.wire.waited_for_link_s - kernel_s) / len(self.talk.lanes)
             receiver_s += (lane.wire.waited_for_window_s + kernel_s) / len(self.talk.lanes)
         return trio.current_time(), link_s, receiver_s
-
-
-def _choose(
-    portion: Portion, held: Held, packer: Packer, choice: Choice, seed: int
-) -> tuple[Ranges, list[Packed], float]:
-    """What changed of a portion, packed, and the seconds that took."""
-    started = time.perf_counter()
-    changed = portion.changed(held, seed=seed)
-    return changed, packer.pack(held.buffer, changed, held.starts(changed), choice), time.perf_counter() - started

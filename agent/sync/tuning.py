@@ -19,8 +19,11 @@ from agent.sync.payloads import fitting_frame_bytes
 INTERVAL_S = 0.1
 """How often compression is looked at: some frames of the slowest link, and soon enough for a pass of a second."""
 
-QUIET_SHARE = 1 / 64
-"""Share of differing data, of what was compared lately, below which spans are skimmed: what differs is read twice."""
+QUIET_SHARE, QUIET_SHARE_FAST = 1 / 64, 1 / 16
+"""Share of differing data, of what was compared lately, below which spans are skimmed: what differs is read twice. It
+may be more where storage is fast: a second read then costs less than many small spans."""
+FAST_BYTES_PER_S = 1.5e9
+"""Reading and hashing in one thread: page cache and good NVMe drives are faster, SATA drives and NBD are not."""
 QUIET_AFTER_BYTES = 64 << 20
 """Compared before a pass without a past may call a disk quiet."""
 _MEMORY_BYTES = 128 << 20  # of compared data after which what was seen counts by 1/e
@@ -46,6 +49,7 @@ class Tuning:
         self._controller = CompressionController()
         self._known_bytes = QUIET_AFTER_BYTES if self.was_quiet else 0
         self._differing_share = 0.0
+        self._seconds_per_byte = 0.0
         self._packing_s = 0.0
         self._plain_bytes = 0
         self._stored_bytes = 0
@@ -60,7 +64,15 @@ class Tuning:
     @property
     def quiet(self) -> bool:
         """Whether so little differs that holding what was read does not pay."""
-        return self._known_bytes >= QUIET_AFTER_BYTES and self._differing_share < QUIET_SHARE
+        is_fast = 0.0 < self._seconds_per_byte < 1 / FAST_BYTES_PER_S
+        share = QUIET_SHARE_FAST if is_fast else QUIET_SHARE
+        return self._known_bytes >= QUIET_AFTER_BYTES and self._differing_share < share
+
+    def read(self, size_bytes: int, seconds: float) -> None:
+        """So much was read and hashed by one thread in that time."""
+        known = self._seconds_per_byte > 0.0
+        weight = 1 - math.exp(-size_bytes / _MEMORY_BYTES) if known else 1.0
+        self._seconds_per_byte += weight * (seconds / size_bytes - self._seconds_per_byte)
 
     def learn(self, seen: Seen, *, compared_bytes: int, differing_bytes: int) -> None:
         """A span was answered and what differs of it is known.

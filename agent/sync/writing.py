@@ -10,7 +10,8 @@ from itertools import islice
 import trio
 
 from agent.delta.blocks import Ranges, as_runs, coalesce
-from agent.delta.pack import Codec, Unpacker
+from agent.delta.pack import Codec
+from agent.delta.unpack import Unpacker
 from agent.disk.seam import Disk, Extent
 from agent.sync.budget import ByteBudget
 from agent.sync.conversation import Conversation, Lane, side_by_side

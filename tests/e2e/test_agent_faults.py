@@ -101,8 +101,8 @@ def test_agents_killed_and_stopped_in_the_first_pass_and_the_run_resumed_ends_wi
 
 def test_a_replica_whose_qemu_dies_in_the_first_pass_is_told_and_loses_nothing(site: Site) -> None:
     pair = site.make_pair("dead", size_bytes=224 * MIB, failed_over=False)
-    # More than the source reads ahead of a link that is stuck, and does not shrink: the view breaks off under a pass that
-    # still needs it.
+    # More than the source reads ahead of a link that is stuck, and it does not shrink: the view breaks off under a pass
+    # that still needs it.
     noise = site.folder / "noise"
     noise.write_bytes(os.urandom(8 * MIB))
     data = pair.replica.disks[1]

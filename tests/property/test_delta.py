@@ -23,7 +23,8 @@ from agent.delta.blocks import (
 )
 from agent.delta.compare import Held, answer, portions
 from agent.delta.compression import Choice
-from agent.delta.pack import Codec, Packed, Packer, Unpacker
+from agent.delta.pack import Codec, Packed, Packer
+from agent.delta.unpack import Unpacker
 from agent.disk.seam import Extent
 from agent.errors import DamagedFrame
 from agent.sync.hashing import holds_data

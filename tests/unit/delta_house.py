@@ -8,7 +8,8 @@ import numpy as np
 
 from agent.delta.blocks import BLOCK_BYTES, Ranges, to_ranges
 from agent.delta.compression import Choice
-from agent.delta.pack import Packed, Packer, Unpacker
+from agent.delta.pack import Packed, Packer
+from agent.delta.unpack import Unpacker
 
 B = BLOCK_BYTES
 P = 4096

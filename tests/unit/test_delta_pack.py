@@ -13,7 +13,8 @@ from blake3 import blake3
 from agent.delta import pack as pack_module
 from agent.delta.blocks import to_ranges
 from agent.delta.compression import Choice
-from agent.delta.pack import Codec, Packer, Unpacker
+from agent.delta.pack import Codec, Packer
+from agent.delta.unpack import Unpacker
 from tests.unit.delta_house import FAST, MIB, OFF, B, P, noise, pack, stored, text, unpack
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------

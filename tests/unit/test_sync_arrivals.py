@@ -8,7 +8,8 @@ from typing import cast
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from agent.passes import Arrivals, PassDesk, Session
+from agent.arrivals import Arrivals
+from agent.passes import PassDesk, Session
 from agent.sync.buffers import Windows
 from agent.sync.target import TargetPass
 from agent.threads import Threads
@@ -68,7 +69,7 @@ class House:
         )
         self.session = Session(Order(pair="web", run="1", epoch=1), grant)
         self.desk = PassDesk(Threads(), windows=Windows())
-        self.arrivals = Arrivals(self.desk, self.session, "vda", SEED)
+        self.arrivals = Arrivals(self.desk.threads, self.desk.windows, self.session.waiting["vda"], "vda", SEED)
         self.target = Joined()
 
     async def let_join(self, *callers: tuple[Caller, int]) -> None:

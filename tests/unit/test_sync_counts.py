@@ -99,7 +99,7 @@ async def test_a_disk_known_to_be_quiet_is_read_once_as_well() -> None:
     source, target = twins(200 * MIB, range(200 * BLOCKS_OF_MIB))
     run = await compare(source, target, tuning=Tuning(was_quiet=True))
     assert once(source.reads) == once(target.reads) == 200 * MIB
-    assert run.asked == 4  # of 64 MiB
+    assert run.asked == 2  # of 128 MiB
 
 
 async def test_thread_hops_are_few_for_each_mib() -> None:

@@ -121,10 +121,10 @@ def lengths(run: PassRun) -> list[int]:
 
 async def test_a_disk_that_turns_out_the_same_is_asked_about_in_larger_spans() -> None:
     tuning = Tuning()
-    run = await compare(320, changed=False, tuning=tuning)
+    run = await compare(384, changed=False, tuning=tuning)
     assert tuning.quiet
     assert lengths(run)[:8] == [8] * 8
-    assert 64 in lengths(run)
+    assert 128 in lengths(run)
     assert run.source.superblock_bytes == 4 * MIB
 
 

@@ -1,0 +1,67 @@
+"""The connections of one disk of a receiving pass: welcomed with a window each, hung up on at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from agent.sync.buffers import Windows
+from agent.sync.target import TargetPass
+from agent.threads import Threads
+from protocol.bulk import BulkSocket
+from protocol.errors import ConnectionLost
+from protocol.limits import MAX_LANES
+from protocol.messages import BulkHello
+
+AHEAD_BYTES = 1 << 30
+"""Data that may be asked about ahead of the answers on one connection: never what holds a source back, which has less
+memory than that, and a bound for the questions that wait here."""
+
+
+@dataclass
+class Arrivals:
+    """The connections of one disk of a receiving pass: each is welcomed with a window, and hung up on at the end."""
+
+    threads: Threads
+    windows: Windows
+    waiting: trio.MemoryReceiveChannel[tuple[BulkSocket, BulkHello]]
+    target: str
+    seed: int
+    _taken: list[tuple[BulkSocket, int]] = field(default_factory=list)
+
+    async def welcome(self, connection: BulkSocket) -> None:
+        """Let it in."""
+        window_bytes = self.windows.lease()
+        self._taken.append((connection, window_bytes))
+        await self.threads.on_network(
+            lambda: connection.welcome(window_bytes=window_bytes, ahead_bytes=AHEAD_BYTES, lanes=MAX_LANES)
+        )
+
+    async def let_join(self, target: TargetPass) -> None:
+        """Let further connections of the disk take part in its pass."""
+        while True:
+            connection, hello = await self.waiting.receive()
+            if hello.digest_seed != self.seed or len(self._taken) == MAX_LANES:
+                sentence = f"the pass of disk {self.target} takes no more connections, or not this one"
+                await self.threads.on_network(partial(connection.refuse, "forbidden", sentence))
+                continue
+            # One that is lost at once is the source's to tell: it has counted it.
+            with contextlib.suppress(ConnectionLost):
+                await self.welcome(connection)
+                target.join(connection)
+
+    async def hang_up(self) -> None:
+        """The pass is over."""
+        for connection, window_bytes in self._taken:
+            await hang_up(self.threads, connection)
+            self.windows.give_back(window_bytes)
+        self._taken.clear()
+
+
+async def hang_up(threads: Threads, connection: BulkSocket) -> None:
+    """Closing waits a moment for the peer to read our last word: not on the thread that serves everybody."""
+    with trio.CancelScope(shield=True):
+        await threads.on_network(connection.close)
