@@ -131,10 +131,12 @@ def answer(
         ours: the digests of what is held, where they are known already.
     """
     read, digests = (held.ranges, ours) if ours is not None else held.superblocks(superblock_bytes, seed=seed)
-    is_read = np.isin(superblocks[:, 0], read[:, 0], assume_unique=True)
-    all_ours = np.empty(len(superblocks), dtype=f"V{DIGEST_BYTES}")
-    all_ours[is_read] = digests
-    if not is_read.all():
+    if len(digests) == len(superblocks):
+        is_read, all_ours = np.ones(len(superblocks), dtype=bool), digests
+    else:
+        is_read = np.isin(superblocks[:, 0], read[:, 0], assume_unique=True)
+        all_ours = np.empty(len(superblocks), dtype=f"V{DIGEST_BYTES}")
+        all_ours[is_read] = digests
         all_ours[~is_read] = zero_digests(superblocks[~is_read, 1], seed=seed)
     differs = differing(all_ours, theirs)
     pieces = detail_pieces(superblocks[differs & is_read], superblock_bytes, detail_bytes)

@@ -23,8 +23,9 @@ from agent.disk.seam import Extent
 from agent.disk.storage import Part, StorageFile
 from agent.errors import DiskError
 
-READERS = 2
-"""Threads that read a file or device at once: the second asks while the first one's answer is on its way."""
+READERS = max(1, min(3, len(os.sched_getaffinity(0)) // 2))
+"""Threads that read a file or device at once. What is cached is copied and hashed by a processor, so no more than half
+of them: on two cores a second reader only takes the caches from the first (measured: 0.49 s against 0.53)."""
 
 _ZEROES = memoryview(bytes(1024 * 1024))
 _EXTENTS_AT_ONCE = 256  # asked of the file system in one go: asking is quicker than being let in and out for each

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -84,14 +84,14 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
     answers: list[Answer] = []
     read_bytes = 0
     for start, end in groups(superblocks[:, 1], max(min(STEP_BYTES, buffer.nbytes), message.superblock_bytes)):
-        runs = list(compress(pieces[start:end], is_data[start:end].tolist()))
+        runs = _merged(compress(pieces[start:end], is_data[start:end].tolist()))
         part = buffer[: sum(length for _, length in runs)]
         disk.read_runs(runs, part)
         read_bytes += part.nbytes
         digests = superblock_digests(runs, _blocks(runs, part, seed), message.superblock_bytes, seed=seed)
         ours = b"".join(digests)
         # Where all is the same, one comparison of bytes tells; the arithmetic is for where it is not.
-        if len(runs) == end - start and ours == theirs[start * DIGEST_BYTES : end * DIGEST_BYTES]:
+        if len(digests) == end - start and ours == theirs[start * DIGEST_BYTES : end * DIGEST_BYTES]:
             answers.append(same(end - start))
             continue
         some = superblocks[start:end]
@@ -106,6 +106,21 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
         )
         answers.append(told)
     return joined(answers), read_bytes
+
+
+def _merged(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Rising pieces as runs, those joined that adjoin."""
+    runs: list[tuple[int, int]] = []
+    begin = behind = -1
+    for offset, length in pieces:
+        if offset != behind:
+            if begin >= 0:
+                runs.append((begin, behind - begin))
+            begin = offset
+        behind = offset + length
+    if begin >= 0:
+        runs.append((begin, behind - begin))
+    return runs
 
 
 def _blocks(runs: Sequence[tuple[int, int]], buffer: memoryview, seed: int) -> list[bytes]:

@@ -19,7 +19,7 @@ from agent.sync.payloads import fitting_frame_bytes
 INTERVAL_S = 0.1
 """How often compression is looked at: some frames of the slowest link, and soon enough for a pass of a second."""
 
-QUIET_SHARE, QUIET_SHARE_FAST = 1 / 64, 1 / 16
+QUIET_SHARE, QUIET_SHARE_FAST = 1 / 64, 1 / 8
 """Share of differing data, of what was compared lately, below which spans are skimmed: what differs is read twice. It
 may be more where storage is fast: a second read then costs less than many small spans."""
 FAST_BYTES_PER_S = 1.5e9

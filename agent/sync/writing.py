@@ -25,7 +25,10 @@ WRITERS = 2
 READ_BACKS = 2
 """Threads that read back side by side: one waits for storage while the other compares."""
 VERIFY_EVERY_BYTES = 64 << 20
-"""How much is written between two flushes: a flush costs a fixed time, the digests waiting for it cost memory."""
+"""How much is written between two flushes at most: the digests that wait for one cost memory."""
+VERIFY_WHEN_IDLE_BYTES = 8 << 20
+"""How much must have been written for a flush while nothing is being verified: so that little is left for the end, and
+not every frame costs one."""
 VERIFY_EVERY_RANGES = 64 << 10
 """The same in ranges (48 bytes of books for each)."""
 QUEUE_BYTES = 64 << 20
@@ -72,6 +75,7 @@ class Writing:
         self._written = Written()
         self._marking = trio.Lock()
         self._marked = False
+        self._idle = True  # nothing is being verified
         self._writers = WRITERS
         self._verified = trio.Event()
 
@@ -103,17 +107,25 @@ class Writing:
             else:
                 await self._write_data(item, item.data)
             self._queue.give(item.payload.nbytes + ITEM_BYTES)
-            if self._written.size_bytes >= VERIFY_EVERY_BYTES or self._written.count >= VERIFY_EVERY_RANGES:
+            if self._verification_due:
                 await self._hand_over()
         self._writers -= 1
         if not self._writers:
             await self._hand_over()
             self._to_verify[0].close()
 
+    @property
+    def _verification_due(self) -> bool:
+        written = self._written
+        if self._idle and written.size_bytes >= VERIFY_WHEN_IDLE_BYTES:
+            return True
+        return written.size_bytes >= VERIFY_EVERY_BYTES or written.count >= VERIFY_EVERY_RANGES
+
     async def _hand_over(self) -> None:
         """What is written by now is to be verified; what another writer is about to write, next time."""
         written, self._written = self._written, Written()
         if written.size_bytes:
+            self._idle = False
             await self._to_verify[0].send(written)
 
     async def _mark(self) -> None:
@@ -160,6 +172,7 @@ class Writing:
         async for written in self._to_verify[1]:
             await self._talk.threads.on_disk(self._disk.flush)
             await side_by_side(partial(self._read_back, share) for share in shares(written, READ_BACKS))
+            self._idle = self._to_verify[1].statistics().current_buffer_used == 0
         self._verified.set()
 
     async def _read_back(self, share: Written) -> None:
