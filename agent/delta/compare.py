@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
 
 from agent.delta.blocks import Ranges, owners, positions, split
 from agent.delta.digests import (
@@ -20,7 +21,7 @@ from agent.delta.digests import (
     digests_from_wire,
     piece_digests,
     superblock_digests,
-    zero_digests,
+    zero_digest,
 )
 from agent.errors import SyncError
 
@@ -130,18 +131,49 @@ def answer(
         seed: 64 bits.
         ours: the digests of what is held, where they are known already.
     """
-    read, digests = (held.ranges, ours) if ours is not None else held.superblocks(superblock_bytes, seed=seed)
-    if len(digests) == len(superblocks):
-        is_read, all_ours = np.ones(len(superblocks), dtype=bool), digests
-    else:
-        is_read = np.isin(superblocks[:, 0], read[:, 0], assume_unique=True)
-        all_ours = np.empty(len(superblocks), dtype=f"V{DIGEST_BYTES}")
-        all_ours[is_read] = digests
-        all_ours[~is_read] = zero_digests(superblocks[~is_read, 1], seed=seed)
-    differs = differing(all_ours, theirs)
-    pieces = detail_pieces(superblocks[differs & is_read], superblock_bytes, detail_bytes)
-    details = held.details(pieces, seed=seed) if len(pieces) else digests_from_wire(b"")
-    return Answer(differs, differs & ~is_read, details)
+    if ours is None:
+        _, ours = held.superblocks(superblock_bytes, seed=seed)
+    # Lists and bytes: for the few superblocks that one read brings, numpy would take longer to call than to compute.
+    mine, their_digests = iter(_each(ours)), _each(theirs)
+    if len(their_digests) != len(superblocks):
+        raise SyncError(f"{len(their_digests)} digests came for {len(superblocks)} superblocks; update both agents.")
+    differs: list[bool] = []
+    empty: list[bool] = []
+    details: list[bytes] = []
+    for (offset, length, place), expected in zip(_places(superblocks, held.ranges), their_digests, strict=True):
+        found = zero_digest(length, seed=seed) if place is None else next(mine)
+        differs.append(found != expected)
+        empty.append(found != expected and place is None)
+        if found != expected and place is not None and detail_bytes < superblock_bytes:
+            details += _details(held.buffer[place : place + length], offset, detail_bytes, seed)
+    return Answer(np.array(differs, dtype=bool), np.array(empty, dtype=bool), digests_from_wire(b"".join(details)))
+
+
+def _each(digests: Digests) -> list[bytes]:
+    plain = digests.tobytes()
+    return [plain[at : at + DIGEST_BYTES] for at in range(0, len(plain), DIGEST_BYTES)]
+
+
+def _places(superblocks: Ranges, held: Ranges) -> Iterator[tuple[int, int, int | None]]:
+    """Each superblock with the place of its bytes in a buffer that holds the ranges `held`; None where in none."""
+    place = 0
+    runs = iter([(offset, offset + length) for offset, length in held.tolist()])
+    start, end = next(runs, (0, 0))
+    for offset, length in superblocks.tolist():
+        while end <= offset and (run := next(runs, None)) is not None:
+            start, end = run
+        if start <= offset < end:
+            yield offset, length, place
+            place += length
+        else:
+            yield offset, length, None
+
+
+def _details(part: memoryview, offset: int, detail_bytes: int, seed: int) -> list[bytes]:
+    """Digests of what lies between the multiples of `detail_bytes` in a part of the disk that begins at `offset`."""
+    first = detail_bytes - offset % detail_bytes
+    cuts = [0, *range(first, part.nbytes, detail_bytes), part.nbytes]
+    return [xxh3_128_digest(part[start:end], seed) for start, end in pairwise(cuts)]
 
 
 def same(count: int) -> Answer:

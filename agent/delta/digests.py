@@ -82,11 +82,6 @@ def zero_digest(length_bytes: int, *, seed: int) -> bytes:
     return superblock_digests([(0, length_bytes)], blocks, max(BLOCK_BYTES, 2 * length_bytes), seed=seed)[0]
 
 
-def zero_digests(lengths: NDArray[np.uint64], *, seed: int) -> Digests:
-    """Digests of superblocks of zeroes of those lengths, shape (n,)."""
-    return digests_from_wire(b"".join([zero_digest(length, seed=seed) for length in lengths.tolist()]))
-
-
 def digests_to_wire(digests: Digests) -> bytes:
     """16 bytes for each digest."""
     return digests.tobytes()
