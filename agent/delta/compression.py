@@ -38,6 +38,7 @@ class Interval:
         packers: threads that may pack, at least 1.
         plain_bytes: what was packed, in bytes.
         stored_bytes: what it was packed into, in bytes.
+        idle_share: of the host's processors, from 0 to 1: with nothing left of it, packing holds up everything else.
     """
 
     wall_s: float
@@ -47,6 +48,7 @@ class Interval:
     packers: int
     plain_bytes: int
     stored_bytes: int
+    idle_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ _LINK_BOUND = 0.3  # share of the time waited for the network from which on more
 _LINK_FREE = 0.15  # and below which it cannot: between the two nothing changes
 _RECEIVER_BOUND = 0.3
 _PACKERS_BUSY = 0.6  # share of the packers' time; with neither link nor receiver waited for, they hold everything up
+_NO_IDLE = 0.1  # idle share of the host below which its processors are what everything waits for
+_PACKERS_MATTER = 0.1  # share of the packers' time below which a faster level would not be felt
 _PACKERS_FULL = 0.92  # too much even while the link is waited for
 _SPARE_AFTER = 0.75  # what a climb may make of the packers' time, by prediction: well below full, or it would come back
 _EASILY = 0.5  # and below this one interval is evidence enough
@@ -169,6 +173,8 @@ class CompressionController:
         receiver = interval.receiver_limited_s / interval.wall_s
         busy = interval.packing_s / interval.wall_s / interval.packers
         packing_bound = link < _LINK_FREE and receiver < _RECEIVER_BOUND and busy > _PACKERS_BUSY
+        # Whether it is our processors or a receiver on them that lags, shows in who waits for whom only by chance.
+        packing_bound |= link < _LINK_FREE and interval.idle_share < _NO_IDLE and busy > _PACKERS_MATTER
         # A receiver that holds everything up gains nothing from faster packing, but nothing is gained by full packers.
         if packing_bound or busy > _PACKERS_FULL:
             self._step_down(interval)

@@ -27,6 +27,7 @@ from agent.sync.conversation import Conversation, Lane
 from agent.sync.hashing import hash_span, read_data
 from agent.sync.meter import Meter
 from agent.sync.payloads import answer_from_wire, ranges_to_wire
+from agent.sync.processor import ProcessorTime
 from agent.sync.rate import Limits
 from agent.sync.tuning import INTERVAL_S, Tuning
 from agent.sync.work import Found, LaneBooks, Work, chosen, timed
@@ -308,13 +309,17 @@ class SourcePass:
 
     async def _tune(self) -> None:
         """Look at what the links were waited for, again and again."""
-        before = self._waits()
+        before, processors = self._waits(), ProcessorTime()
         while True:
             await trio.sleep(INTERVAL_S)
             now = self._waits()
             wall_s, link_s, receiver_s = (after - earlier for after, earlier in zip(now, before, strict=True))
             self.tuning.observe(
-                wall_s=wall_s, link_limited_s=link_s, receiver_limited_s=receiver_s, packers=self.talk.threads.packers
+                wall_s=wall_s,
+                link_limited_s=link_s,
+                receiver_limited_s=receiver_s,
+                packers=self.talk.threads.packers,
+                idle_share=processors.idle_share(),
             )
             before = now
 

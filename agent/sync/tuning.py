@@ -106,7 +106,9 @@ class Tuning:
                 self._plain_bytes += packed.plain_bytes
                 self._stored_bytes += packed.stored_bytes
 
-    def observe(self, *, wall_s: float, link_limited_s: float, receiver_limited_s: float, packers: int) -> None:
+    def observe(
+        self, *, wall_s: float, link_limited_s: float, receiver_limited_s: float, packers: int, idle_share: float = 1.0
+    ) -> None:
         """A stretch of time is over; what was packed in it is known here."""
         self._controller.observe(
             Interval(
@@ -117,6 +119,7 @@ class Tuning:
                 packers=packers,
                 plain_bytes=self._plain_bytes,
                 stored_bytes=self._stored_bytes,
+                idle_share=idle_share,
             )
         )
         self._packing_s, self._plain_bytes, self._stored_bytes = 0.0, 0, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -192,3 +192,24 @@ def test_an_interval_of_no_length_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="tells nothing"):
         CompressionController().observe(nothing)
+
+
+def test_busy_processors_make_compression_faster_even_if_the_receiver_is_what_is_waited_for() -> None:
+    controller = CompressionController()
+    busy = Interval(
+        wall_s=0.1,
+        link_limited_s=0.0,
+        receiver_limited_s=0.08,
+        packing_s=0.06,
+        packers=2,
+        plain_bytes=40 << 20,
+        stored_bytes=20 << 20,
+        idle_share=0.02,
+    )
+    for _ in range(5):
+        controller.observe(busy)
+    assert controller.choice.level is None
+    rested = CompressionController()
+    for _ in range(5):
+        rested.observe(replace(busy, idle_share=0.6))
+    assert rested.choice.level == 1
