@@ -263,7 +263,7 @@ class PassDesk:
     ) -> PassVerified:
         seed = secrets.randbits(64)
         connections: list[BulkSocket] = []
-        tuning = self.tunings.begin(session.grant.vm_uuid, granted.target)
+        tuning = self.tunings.begin(session.grant.vm_uuid, granted.target, session.limits.network.bytes_per_s)
         try:
             welcomes = [await self._connect(connections, granted, seed, connect)]
             wanted = lanes_wanted(connections[0].link().rtt_s or 0.0, cores(), welcomes[0].lanes)

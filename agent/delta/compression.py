@@ -75,6 +75,8 @@ _LADDER = (
 """Speeds matter only against one another: what a rung costs here and now is measured while on it. Stronger levels look
 back further than 1 MiB, so their frames are larger; beyond 4 MiB a frame saves little and delays what is behind it."""
 _START = 4
+_SCARCE = 5
+"""Where the link is scarce (somebody limited it), bytes count more than processor time: never below level 3."""
 
 _LINK_BOUND = 0.3  # share of the time waited for the network from which on more compression may help
 _LINK_FREE = 0.15  # and below which it cannot: between the two nothing changes
@@ -94,10 +96,15 @@ _SLOWER_LINK = 0.5  # of what the link then carried: the ban is off, for the con
 
 
 class CompressionController:
-    """Chooses level and frame size. One for all that share packers and link; used by one thread at a time."""
+    """Chooses level and frame size. One for all that share packers and link; used by one thread at a time.
 
-    def __init__(self) -> None:
-        self._rung = _START
+    Args:
+        link_is_scarce: bytes on the link are dear whether it is waited for or not.
+    """
+
+    def __init__(self, *, link_is_scarce: bool = False) -> None:
+        self._floor = _SCARCE if link_is_scarce else 0
+        self._rung = max(_START, self._floor)
         self._effort = 1.0  # what packing costs here, by what the ladder says of the rung
         self._link_bound_before = False
         self._ceiling = len(_LADDER) - 1
@@ -189,7 +196,7 @@ class CompressionController:
 
     def _step_down(self, interval: Interval) -> None:
         self._link_bound_before = False
-        if not self._rung:
+        if self._rung <= self._floor:
             return
         if not self._ban:  # a retreat of several rungs is one mistake, not several
             self._ban_length = self._next_ban

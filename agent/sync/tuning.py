@@ -26,6 +26,8 @@ FAST_BYTES_PER_S = 1.5e9
 """Reading and hashing in one thread: page cache and good NVMe drives are faster, SATA drives and NBD are not."""
 QUIET_AFTER_BYTES = 64 << 20
 """Compared before a pass without a past may call a disk quiet."""
+SCARCE_BYTES_PER_S = 250_000_000
+"""A limit of the network up to which a processor or two compress at level 3 without being in the way."""
 _MEMORY_BYTES = 128 << 20  # of compared data after which what was seen counts by 1/e
 _KEPT = 256  # disks whose last pass is remembered
 
@@ -36,17 +38,19 @@ class Tuning:
 
     Attributes:
         start: what the last pass over the disk ended with.
+        link_is_scarce: the network is limited on purpose, so bytes are dearer than processor time.
         window_bytes: the smallest window of its connections, which every frame must fit whole.
     """
 
     start: Granularity | None = None
     was_quiet: bool = False
     packer: Packer = field(default_factory=Packer)
+    link_is_scarce: bool = False
     window_bytes: int = MAX_FRAME_BYTES * 2
 
     def __post_init__(self) -> None:
         self._chooser = GranularityChooser(self.start)
-        self._controller = CompressionController()
+        self._controller = CompressionController(link_is_scarce=self.link_is_scarce)
         self._known_bytes = QUIET_AFTER_BYTES if self.was_quiet else 0
         self._differing_share = 0.0
         self._seconds_per_byte = 0.0
@@ -131,10 +135,11 @@ class Tunings:
     def __init__(self) -> None:
         self._last: OrderedDict[tuple[str, str], tuple[Granularity, bool]] = OrderedDict()
 
-    def begin(self, vm_uuid: str, target: str) -> Tuning:
-        """The tuning of a new pass over that disk."""
+    def begin(self, vm_uuid: str, target: str, network_bytes_per_s: int | None) -> Tuning:
+        """The tuning of a new pass over that disk, under that limit of the network."""
         granularity, quiet = self._last.get((vm_uuid, target), (None, False))
-        return Tuning(granularity, quiet)
+        scarce = network_bytes_per_s is not None and network_bytes_per_s <= SCARCE_BYTES_PER_S
+        return Tuning(granularity, quiet, link_is_scarce=scarce)
 
     def end(self, vm_uuid: str, target: str, tuning: Tuning) -> None:
         """A pass is complete."""

@@ -213,3 +213,22 @@ def test_busy_processors_make_compression_faster_even_if_the_receiver_is_what_is
     for _ in range(5):
         rested.observe(replace(busy, idle_share=0.6))
     assert rested.choice.level == 1
+
+
+def test_a_link_that_is_limited_on_purpose_never_sees_less_than_level_three() -> None:
+    controller = CompressionController(link_is_scarce=True)
+    assert controller.choice.level == 3
+    for _ in range(20):
+        controller.observe(
+            Interval(
+                wall_s=0.1,
+                link_limited_s=0.0,
+                receiver_limited_s=0.0,
+                packing_s=0.2,
+                packers=2,
+                plain_bytes=40 << 20,
+                stored_bytes=20 << 20,
+                idle_share=0.0,
+            )
+        )
+    assert controller.choice.level == 3

@@ -76,23 +76,23 @@ def test_what_the_target_reads_as_zero_tells_nothing_of_granularity_but_is_no_qu
 
 def test_the_next_pass_over_a_disk_begins_where_the_last_ended() -> None:
     tunings = Tunings()
-    tuning = tunings.begin("vm", "vda")
+    tuning = tunings.begin("vm", "vda", None)
     assert not tuning.quiet
     learn(tuning, 512)
     tunings.end("vm", "vda", tuning)
-    following = tunings.begin("vm", "vda")
+    following = tunings.begin("vm", "vda", None)
     assert following.quiet
     assert following.granularity == tuning.ended_with() != Tuning().granularity
     for other in (("vm", "vdb"), ("other", "vda")):
-        assert not tunings.begin(*other).quiet
+        assert not tunings.begin(*other, None).quiet
 
 
 def test_of_many_disks_the_oldest_are_forgotten() -> None:
     tunings = Tunings()
     for number in range(300):
         tunings.end("vm", f"disk{number}", Tuning(was_quiet=True))
-    assert not tunings.begin("vm", "disk0").quiet
-    assert tunings.begin("vm", "disk299").quiet
+    assert not tunings.begin("vm", "disk0", None).quiet
+    assert tunings.begin("vm", "disk299", None).quiet
 
 
 # --- in a pass --------------------------------------------------------------------------------------------------------
