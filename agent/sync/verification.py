@@ -6,7 +6,9 @@ The flush comes before; it is the caller's.
 from __future__ import annotations
 
 import mmap
+import queue
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,13 +81,29 @@ def read_back(disk: Disk, written: Written) -> int:
         VerificationFailed: naming disk and offset of the first difference.
         DiskError: a read failed.
     """
-    buffer = memoryview(mmap.mmap(-1, READ_BYTES))
     proven = 0
-    for ranges, proofs in zip(written.ranges, written.proofs, strict=True):
-        proven += _read_data(disk, ranges, proofs, buffer)
-    for offset, length in written.zeroes:
-        proven += _read_zeroes(disk, offset, length, buffer)
+    with _memory() as buffer:
+        for ranges, proofs in zip(written.ranges, written.proofs, strict=True):
+            proven += _read_data(disk, ranges, proofs, buffer)
+        for offset, length in written.zeroes:
+            proven += _read_zeroes(disk, offset, length, buffer)
     return proven
+
+
+_idle: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+
+
+@contextmanager
+def _memory() -> Iterator[memoryview]:
+    """Memory to read back into, used again and again: fresh memory costs more time than what is read into it."""
+    try:
+        buffer = _idle.get_nowait()
+    except queue.Empty:
+        buffer = memoryview(mmap.mmap(-1, READ_BYTES))
+    try:
+        yield buffer
+    finally:
+        _idle.put(buffer)
 
 
 def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview) -> int:
