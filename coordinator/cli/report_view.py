@@ -185,7 +185,7 @@ def _show_evidence(output: Output, report: ClosingReport) -> None:
     for words, targets in _by_reason((_evidence(line), line.original) for line in report.disks):
         output.say(f"Evidence for {targets}: {words}.")
     for line in report.disks:
-        output.say(f"{human.step(line.pass_name)} of {line.original}: {_transfer(line)}.")
+        output.say(f"{human.step(line.pass_name).capitalize()} of {line.original}: {_transfer(line)}.")
     if report.evidence:
         output.say(f"{report.evidence[:1].upper()}{report.evidence[1:].rstrip('.')}.")
 
