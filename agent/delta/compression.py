@@ -62,18 +62,19 @@ _HASHING_BYTES_PER_S = 5e9
 """BLAKE3 proofs, which packing also spends its time on, whatever the level."""
 
 _LADDER = (
-    _Rung(None, 1e12, MIB),
-    _Rung(-20, 1.2e9, MIB),
-    _Rung(-5, 0.7e9, MIB),
-    _Rung(-1, 0.5e9, MIB),
-    _Rung(1, 0.42e9, MIB),
+    _Rung(None, 1e12, 4 * MIB),
+    _Rung(-20, 1.2e9, 2 * MIB),
+    _Rung(-5, 0.7e9, 2 * MIB),
+    _Rung(-1, 0.5e9, 2 * MIB),
+    _Rung(1, 0.42e9, 2 * MIB),
     _Rung(3, 0.25e9, 2 * MIB),
     _Rung(5, 0.13e9, 4 * MIB),
     _Rung(6, 0.09e9, 4 * MIB),
     _Rung(9, 0.05e9, 4 * MIB),
 )
-"""Speeds matter only against one another: what a rung costs here and now is measured while on it. Stronger levels look
-back further than 1 MiB, so their frames are larger; beyond 4 MiB a frame saves little and delays what is behind it."""
+"""Speeds matter only against one another: what a rung costs here and now is measured while on it. A frame costs either
+side half a millisecond whatever its size, so those that cost nothing else are large; stronger levels look back further,
+so theirs are, too; beyond 4 MiB a frame saves little and delays what is behind it."""
 _START = 4
 _SCARCE = 5
 """Where the link is scarce (somebody limited it), bytes count more than processor time: never below level 3."""

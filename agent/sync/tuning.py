@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from agent.delta.compression import Choice, CompressionController, Interval
 from agent.delta.granularity import Granularity, GranularityChooser, Seen
-from agent.delta.pack import MAX_FRAME_BYTES, Packed, Packer
+from agent.delta.pack import Packed, Packer
+from agent.sync.buffers import LEAST_WINDOW_BYTES
 from agent.sync.payloads import fitting_frame_bytes
 
 INTERVAL_S = 0.1
@@ -46,7 +47,7 @@ class Tuning:
     was_quiet: bool = False
     packer: Packer = field(default_factory=Packer)
     link_is_scarce: bool = False
-    window_bytes: int = MAX_FRAME_BYTES * 2
+    window_bytes: int = LEAST_WINDOW_BYTES
 
     def __post_init__(self) -> None:
         self._chooser = GranularityChooser(self.start)

@@ -66,8 +66,8 @@ def rungs(levels: list[int | None]) -> list[int]:
     return [LEVELS.index(level) for level in levels]
 
 
-def test_it_starts_at_level_1_and_frames_of_a_mebibyte() -> None:
-    assert CompressionController().choice == Choice(1, MIB)
+def test_it_starts_at_level_1_and_frames_of_two_mebibytes() -> None:
+    assert CompressionController().choice == Choice(1, 2 * MIB)
 
 
 def test_a_gigabit_link_and_two_packers_are_worth_level_3_and_larger_frames() -> None:
@@ -183,7 +183,7 @@ def test_an_interval_without_data_changes_nothing() -> None:
     idle = Interval(
         wall_s=1, link_limited_s=0.9, receiver_limited_s=0, packing_s=0, packers=2, plain_bytes=0, stored_bytes=0
     )
-    assert {controller.observe(idle) for _ in range(50)} == {Choice(1, MIB)}
+    assert {controller.observe(idle) for _ in range(50)} == {Choice(1, 2 * MIB)}
 
 
 def test_an_interval_of_no_length_is_refused() -> None:
