@@ -18,6 +18,8 @@ from protocol.messages import CompareSpan
 
 Buffer = bytes | bytearray | memoryview
 RANGE_BYTES = 16
+MAX_STRETCHES = 4096
+"""Stretches of a disk that were spoken of and do not adjoin: lanes that run ahead of one another leave a few dozen."""
 PROOF_BYTES = 32
 
 
@@ -133,6 +135,8 @@ class Coverage:
         elif joins_right:
             self._starts[at] = offset
         else:
+            if len(self._starts) == MAX_STRETCHES:
+                raise PeerViolation(f"the span at offset {offset} leaves one more gap than the {MAX_STRETCHES} allowed")
             self._starts.insert(at, offset)
             self._ends.insert(at, end)
 

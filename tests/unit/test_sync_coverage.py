@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from agent.sync.payloads import Coverage
+from agent.sync.payloads import MAX_STRETCHES, Coverage
 from protocol.errors import PeerViolation
 
 
@@ -57,3 +57,12 @@ def test_a_hole_of_terabytes_is_one_claim() -> None:
     coverage = Coverage(8 << 40)
     coverage.claim(0, 8 << 40)
     assert coverage.complete
+
+
+def test_a_peer_that_leaves_gap_after_gap_is_stopped() -> None:
+    coverage = Coverage(8 << 40)
+    for number in range(MAX_STRETCHES):
+        coverage.claim(2 * number * 65536, 65536)
+    with pytest.raises(PeerViolation, match="one more gap than the 4096 allowed"):
+        coverage.claim(2 * MAX_STRETCHES * 65536, 65536)
+    coverage.claim(65536, 65536)  # closing one is welcome
