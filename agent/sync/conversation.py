@@ -14,9 +14,9 @@ from typing import Protocol
 
 import trio
 
-from agent.errors import AgentError, SyncError
+from agent.errors import AgentError, DamagedFrame, SyncError
 from agent.threads import Threads
-from protocol.errors import ConnectionLost, ProtocolError
+from protocol.errors import ConnectionLost, PeerViolation, ProtocolError
 from protocol.link import LinkFacts
 from protocol.messages import BulkMessage, PassFailed
 
@@ -167,7 +167,7 @@ class Conversation:
             # The first failure is the cause; what follows from it (a socket shut down under a receiver) is not. Only a
             # lost connection may have a cause of its own: what the peer said before it hung up.
             if self._failure is None or (isinstance(self._failure, ConnectionLost) and isinstance(error, PeerFailed)):
-                self._failure = error
+                self._failure = self._naming_disk(error)
             if isinstance(error, ConnectionLost):
                 with trio.move_on_after(HEAR_OUT_S):
                     for lane in self.lanes:
@@ -182,6 +182,18 @@ class Conversation:
                 )
                 self._failure.__cause__ = error
             scope.cancel()
+
+    def _naming_disk(self, error: AgentError | ProtocolError) -> AgentError | ProtocolError:
+        """What came wrong from the peer is noticed where the disk's name is not known."""
+        named: AgentError | ProtocolError
+        if isinstance(error, PeerViolation):
+            named = PeerViolation(f"disk {self.disk_name}: {error.sentence}")
+        elif isinstance(error, DamagedFrame):
+            named = DamagedFrame(f"disk {self.disk_name}: {error.sentence}", **{"disk": self.disk_name, **error.facts})
+        else:
+            return error
+        named.__cause__ = error
+        return named
 
     async def _hang_up_when_cancelled(self) -> None:
         try:

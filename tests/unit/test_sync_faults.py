@@ -11,11 +11,12 @@ import trio
 
 from agent.delta.blocks import BLOCK_BYTES
 from agent.disk.seam import Disk
-from agent.errors import DiskError
+from agent.errors import DamagedFrame, DiskError
 from agent.sync import target as target_side
-from agent.sync.conversation import PeerFailed, Unforeseen
+from agent.sync.conversation import Conversation, PeerFailed, Unforeseen
 from agent.sync.meter import Meter
 from agent.threads import Threads
+from protocol.errors import PeerViolation
 from protocol.messages import Credit
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 from tests.fakes.pass_bench import source_pass, target_pass
@@ -187,3 +188,17 @@ async def test_cancelled_at_any_moment_a_pass_leaves_nobody_inside_of_a_disk() -
             assert (threads.disk.borrowed_tokens, threads.compute.borrowed_tokens) == (0, 0)
             source.close()
             target.close()
+
+
+async def test_what_a_peer_did_wrong_is_told_with_the_disk_on_this_side_too() -> None:
+    async def notice() -> None:
+        raise PeerViolation("a span was spoken of before")
+
+    async def receive() -> None:
+        raise DamagedFrame("it is damaged", offset_bytes=7)
+
+    with pytest.raises(PeerViolation, match=r"^disk vda: a span was spoken of before$"):
+        await Conversation("vda", Threads(), []).run(notice)
+    with pytest.raises(DamagedFrame, match=r"^disk vda: it is damaged$") as damaged:
+        await Conversation("vda", Threads(), []).run(receive)
+    assert damaged.value.facts == {"disk": "vda", "offset_bytes": 7}
