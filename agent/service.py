@@ -32,6 +32,7 @@ from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
 from protocol.messages import (
     AllowPass,
+    AskEvidence,
     AskPower,
     CloseView,
     DescribeHost,
@@ -56,11 +57,12 @@ from protocol.messages import (
     Reply,
     Request,
     RunPass,
+    SampleBlocks,
     SetCondition,
     SetLimits,
     Side,
-    TargetSize,
     Unprotect,
+    ViewedDisk,
     ViewOpened,
     VmDescription,
 )
@@ -111,6 +113,8 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
+            case AskEvidence() | SampleBlocks():
+                raise Forbidden(f"this agent does not answer the question {type(request).__name__}")
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
                 structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
@@ -302,7 +306,7 @@ class AgentService:
         opened = await self.threads.on_libvirt(
             lambda: self.views.open(pair, request.vm_uuid, request.targets, request.view)
         )
-        sizes = tuple(TargetSize(target=target, size_bytes=size) for target, size in opened.sizes.items())
+        sizes = tuple(ViewedDisk(target=target, size_bytes=size) for target, size in opened.sizes.items())
         return ViewOpened(view=request.view, live=opened.live, disks=sizes)
 
     async def _protect(self, request: Protect) -> Protected:

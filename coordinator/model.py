@@ -6,6 +6,8 @@ import enum
 import re
 from dataclasses import dataclass, field
 
+from protocol.messages import Tracking
+
 PAIR_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -144,16 +146,53 @@ class RunLimits:
         )
 
 
+class SwitchPolicy(enum.Enum):
+    """When the switchover begins once little is left to copy."""
+
+    AUTO = "auto"  # at once
+    AT = "at"  # at a set time
+    MANUAL = "manual"  # when a person says so: `failback switch`
+
+
+class LateEvidence(enum.Enum):
+    """What to do where evidence falls a rung after the replica went off and the new prediction exceeds the agreed
+    downtime."""
+
+    RETURN = "return"  # put the replica back into service and go on synchronising
+    PROCEED = "proceed"  # bear the longer downtime
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What the administrator chose at `start`; lives in the journal, never in argv of the run's process."""
+    """What the administrator chose at `start`; lives in the journal, never in argv of the run's process.
+
+    Attributes:
+        kill_after_s: how long QEMU may take to end gracefully, after the guest's own time, before it is killed.
+        switch, switch_at_s: when to switch; the time of AT in seconds since 1970.
+        max_downtime_s: switch only while the predicted downtime is at most this; None: whatever it is.
+        background_s: how often a pass keeps the delta small while the run waits for the switchover.
+        track: how what the replica writes is recorded between passes.
+        freeze_guest: freeze the guest's file systems for the instant of the first view.
+        verify_full: read both sides' storage whole before the original may start.
+        audit: read the frozen replica whole after the switchover and compare it with what the original started from.
+    """
 
     power_on: bool = True
     power_off_original: bool = False
     shutdown_timeout_s: float = 900.0
     shutdown_policy: ShutdownPolicy = ShutdownPolicy.ABORT
+    kill_after_s: float = 60.0
     allow_larger_target: bool = False
     limits: RunLimits = field(default_factory=RunLimits)
+    switch: SwitchPolicy = SwitchPolicy.AUTO
+    switch_at_s: float | None = None
+    max_downtime_s: float | None = None
+    background_s: float = 300.0
+    late_evidence: LateEvidence = LateEvidence.RETURN
+    track: Tracking = Tracking.BITMAP
+    freeze_guest: bool = False
+    verify_full: bool = False
+    audit: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

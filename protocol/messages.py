@@ -85,12 +85,28 @@ class Order:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetSize:
-    """One disk by target name, with its size."""
+class Tracking(enum.Enum):
+    """How what the guest writes from a view on is recorded."""
 
-    target: str
-    size_bytes: int
+    NONE = "none"
+    BITMAP = "bitmap"  # by dirty bitmaps, for the disks whose format has them
+    OVERLAY = "overlay"  # by dirty bitmaps where the format has them, by a live overlay where it has not
+
+
+class PassKind(enum.Enum):
+    """What a pass is for."""
+
+    SYNC = "sync"  # make the target equal the view
+    AUDIT = "audit"  # compare the view, read whole, with the target's digest map; nothing is written
+    VERIFY = "verify"  # compare the view with the target's storage, both read whole; nothing is written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRange:
+    """A stretch of a disk."""
+
+    offset_bytes: int
+    length_bytes: int
 
 
 # --- handshake (control and bulk) -----------------------------------------------------------------------------
@@ -185,6 +201,8 @@ class ImageDescription:
     corrupt: bool
     encrypted: bool
     external_data: bool
+    modified_s: float = 0.0  # when its file was last written, seconds since 1970 by that host's clock; 0: not known
+    allocated_bytes: int = 0  # what it takes of its storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +295,65 @@ class AskPower:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TargetEvidence:
+    """What the target's durable record says of one disk of the original.
+
+    Attributes:
+        equals: the view that it equals, or from which a pass that was limited to what had changed since then left it
+            torn; None where nothing proves any. Proven by the lock held ever since, or by an unchanged file.
+        why_not: a sentence, where `equals` is None.
+        map_seed: the seed of its digest map, to be used for the digests of the next pass; None: it keeps no usable one.
+        map_known_bytes: how much of the disk the map knows.
+        why_no_map: a sentence, where `map_seed` is None.
+    """
+
+    target: str
+    equals: str | None
+    why_not: str
+    map_seed: int | None
+    map_known_bytes: int
+    why_no_map: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Answer to `AskEvidence`."""
+
+    disks: tuple[TargetEvidence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskEvidence:
+    """What is known of the disks of that original without reading them?"""
+
+    vm_uuid: str
+    targets: tuple[str, ...]
+    reply: ClassVar[type] = Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSamples:
+    """Answer to `SampleBlocks`: a digest (xxh3-128, 16 bytes) for each offset, in order; `data_bytes`: how much of
+    the disk is data; `read_bytes_s`: how fast the samples were read, 0 where that cannot be told."""
+
+    digests: bytes
+    data_bytes: int
+    read_bytes_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleBlocks:
+    """What do these blocks of 64 KiB hold, about now? For estimates alone: a running VM writes meanwhile, and no
+    evidence is made of the answer."""
+
+    vm_uuid: str
+    target: str
+    seed: int
+    offsets: tuple[int, ...]
+    reply: ClassVar[type] = BlockSamples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """Answer to `Ping`."""
 
@@ -303,11 +380,14 @@ class PoweredOff:
     was_running: bool
     forced: bool
     elapsed_s: float
+    killed: bool = False  # it did not end gracefully either: its bitmaps are lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerOff:
-    """Ask the guest to power off (repeatedly), wait `timeout_s`, then do as `on_timeout` says.
+    """Ask the guest to power off (repeatedly, through its agent where that answers, else by ACPI), wait `timeout_s`,
+    then do as `on_timeout` says: FORCE ends QEMU gracefully, so that bitmaps survive, and kills it after
+    `kill_after_s`.
 
     Fails with code ``shutdown-timeout`` when the guest still runs at the end. No-op when off.
     """
@@ -316,6 +396,7 @@ class PowerOff:
     vm_uuid: str
     timeout_s: float
     on_timeout: OnTimeout
+    kill_after_s: float = 60.0
     reply: ClassVar[type] = PoweredOff
 
 
@@ -371,22 +452,56 @@ class SetCondition:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ViewedDisk:
+    """One disk of a view.
+
+    Attributes:
+        tracked: from this view on, what the guest writes to it is recorded, so that a later view may be opened `since`
+            this one.
+        since: the earlier view since which this one knows what was written; None: it does not.
+        why_not: why it is not tracked, or does not know: a sentence, or empty.
+    """
+
+    target: str
+    size_bytes: int
+    tracked: bool = False
+    since: str | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ViewOpened:
     """The view is there and frozen. `live`: served by the running VM, otherwise the images of the shut-off one."""
 
     view: str
     live: bool
-    disks: tuple[TargetSize, ...]
+    disks: tuple[ViewedDisk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewSince:
+    """The earlier view of a disk since which a new one shall know what was written."""
+
+    target: str
+    view: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenView:
-    """Freeze a view named `view` of the VM's disks: a pull-mode backup when it runs, its (fenced) images when off."""
+    """Freeze a view named `view` of the VM's disks: a pull-mode backup when it runs, its (fenced) images when off.
+
+    `track`: how to record what is written from this view on, from the same instant.
+    `since`: what was written since these views shall be known; the answer says of which disks it is, and why not.
+    `freeze_guest`: ask the guest's agent to freeze its file systems for that instant; always thawed.
+    """
 
     order: Order
     vm_uuid: str
     targets: tuple[str, ...]
     view: str
+    track: Tracking = Tracking.NONE
+    since: tuple[ViewSince, ...] = ()
+    freeze_guest: bool = False
     reply: ClassVar[type] = ViewOpened
 
 
@@ -397,6 +512,58 @@ class CloseView:
     order: Order
     vm_uuid: str
     view: str
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropCheckpoints:
+    """Forget what our views of this VM recorded (checkpoints, overlays), but for the views named in `keep`: for real
+    while it runs, the checkpoints' metadata alone while it is off (`EndTracking` does the rest). What others made
+    stays. Harmless when repeated."""
+
+    order: Order
+    vm_uuid: str
+    keep: tuple[str, ...] = ()
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskTracking:
+    """The record of what was written to one disk of a shut-off VM: `since` is the view it goes back to, None where it
+    is not valid any more, and `why_not` a sentence."""
+
+    target: str
+    since: str | None
+    dirty_bytes: int
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingRead:
+    """Answer to `ReadTracking`."""
+
+    disks: tuple[DiskTracking, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTracking:
+    """How much was written to the disks of the shut-off, fenced VM since those views? Validates the records."""
+
+    order: Order
+    vm_uuid: str
+    since: tuple[ViewSince, ...]
+    reply: ClassVar[type] = TrackingRead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndTracking:
+    """Remove everything our views left in this VM: checkpoints, persistent bitmaps in its images, live overlays, which
+    are merged into their bases, whether it runs or is off. What others made stays. The last act of commit, undo and
+    cancel. Harmless when repeated."""
+
+    order: Order
+    vm_uuid: str
+    targets: tuple[str, ...]
     reply: ClassVar[type] = Done
 
 
@@ -442,12 +609,18 @@ class Unprotect:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantedDisk:
     """One disk of a grant: its name at the agent that is told, its name at the peer, its size at the source and
-    at the target (a larger target is zeroed behind the source's end)."""
+    at the target (a larger target is zeroed behind the source's end).
+
+    `since`: both sides have proven that the target equals that view, so that only what was written since then is sent,
+    without comparing. `digest_seed`: the seed of the target's digest map, which then stands for the target's blocks.
+    """
 
     target: str
     peer_target: str
     source_size_bytes: int
     target_size_bytes: int
+    since: str | None = None
+    digest_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -458,7 +631,8 @@ class Grant:
         grant: 128 random bits, hex.
         direction: what the agent that is told does.
         peer_fingerprint: SHA-256 (hex) of the only certificate the other end may show.
-        view: the view the target is made equal to.
+        view: the view the target is made equal to, or is compared with.
+        kind: what the pass is for.
     """
 
     grant: str
@@ -467,6 +641,7 @@ class Grant:
     peer_fingerprint: str
     view: str
     disks: tuple[GrantedDisk, ...]
+    kind: PassKind = PassKind.SYNC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -490,6 +665,7 @@ class DiskReport:
         lanes: connections used.
         superblock_bytes, detail_bytes: the granularity of comparing that the pass ended with.
         access: how this side read the disk, in words.
+        differing_bytes: in a pass that only compares: what differs; `differing`: where, the first 64 stretches.
     """
 
     target: str
@@ -510,6 +686,8 @@ class DiskReport:
     superblock_bytes: int
     detail_bytes: int
     access: str
+    differing_bytes: int = 0
+    differing: tuple[ByteRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -598,7 +776,7 @@ class Failure:
     facts: dict[str, str | int]
 
 
-Question = DescribeHost | InspectVm | AskPower | Ping
+Question = DescribeHost | InspectVm | AskPower | AskEvidence | SampleBlocks | Ping
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -607,6 +785,9 @@ OrderRequest = (
     | SetCondition
     | OpenView
     | CloseView
+    | DropCheckpoints
+    | ReadTracking
+    | EndTracking
     | Protect
     | Unprotect
     | AllowPass
@@ -618,11 +799,14 @@ Reply = (
     HostDescription
     | VmDescription
     | PowerAnswer
+    | Evidence
+    | BlockSamples
     | Pong
     | Done
     | PoweredOff
     | FenceDescription
     | ViewOpened
+    | TrackingRead
     | Protected
     | PassReport
 )

@@ -16,6 +16,7 @@ from coordinator.agents import Agent, ProgressCallback
 from coordinator.errors import AgentRefused, HostUnreachable
 from protocol.messages import (
     AllowPass,
+    AskEvidence,
     AskPower,
     CloseView,
     Condition,
@@ -50,12 +51,13 @@ from protocol.messages import (
     Reply,
     Request,
     RunPass,
+    SampleBlocks,
     SetCondition,
     SetLimits,
     Side,
     SnapshotDescription,
-    TargetSize,
     Unprotect,
+    ViewedDisk,
     ViewOpened,
     VmDescription,
 )
@@ -206,6 +208,8 @@ class World:
             case SetLimits():
                 self.limits[host] = request.limit_network, request.limit_read
                 return Done()
+            case AskEvidence() | SampleBlocks():
+                raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
 
@@ -229,7 +233,7 @@ class World:
                 if vm.is_off and vm.fence is None:
                     raise AgentRefused("not fenced", code="not-fenced")
                 self.views[request.view] = (not vm.is_off, dict(vm.disks))
-                sizes = tuple(TargetSize(target=t, size_bytes=SIZE_BYTES) for t in request.targets)
+                sizes = tuple(ViewedDisk(target=t, size_bytes=SIZE_BYTES) for t in request.targets)
                 return ViewOpened(view=request.view, live=not vm.is_off, disks=sizes)
             case CloseView():
                 self.views.pop(request.view, None)
