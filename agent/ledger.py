@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -109,6 +109,31 @@ class ViewRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThawRecord:
+    """A VM whose guest's file systems we have had frozen, or are about to: it is owed a thaw."""
+
+    vm_uuid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedImage:
+    """The image that a disk had when a view of it was frozen; its identity ends with the host's uptime."""
+
+    target: str
+    path: Path
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingRecord:
+    """A view from which on the writes to these disks of a VM are recorded."""
+
+    vm_uuid: str
+    view: str
+    images: tuple[TrackedImage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
     """The highest fencing epoch seen for a pair."""
 
@@ -126,6 +151,8 @@ class Contents:
     conditions: tuple[ConditionRecord, ...] = ()
     protections: tuple[ProtectionRecord, ...] = ()
     views: tuple[ViewRecord, ...] = ()
+    thaws: tuple[ThawRecord, ...] = ()
+    trackings: tuple[TrackingRecord, ...] = ()
 
 
 @dataclass
@@ -286,6 +313,41 @@ class Ledger:
     def drop_view(self, record: ViewRecord) -> None:
         """Forget a view that is closed."""
         self._change(lambda old: replace(old, views=tuple(v for v in old.views if v != record)))
+
+    # --- what views record --------------------------------------------------------------------------------------------
+
+    def put_thaw(self, vm_uuid: str) -> None:
+        """Remember that the guest of that VM is owed a thaw."""
+        record = ThawRecord(vm_uuid=vm_uuid)
+        self._change(lambda old: replace(old, thaws=(*(t for t in old.thaws if t != record), record)))
+
+    def drop_thaw(self, vm_uuid: str) -> None:
+        """It has been thawed."""
+        self._change(lambda old: replace(old, thaws=tuple(t for t in old.thaws if t.vm_uuid != vm_uuid)))
+
+    def tracked_image(self, vm_uuid: str, view: str, target: str) -> TrackedImage | None:
+        """The image of that disk from that view on; None where nothing was recorded of it."""
+        record = self.tracking(vm_uuid, view)
+        return None if record is None else next((i for i in record.images if i.target == target), None)
+
+    def tracking(self, vm_uuid: str, view: str) -> TrackingRecord | None:
+        """What that view records."""
+        return next((r for r in self._contents.trackings if (r.vm_uuid, r.view) == (vm_uuid, view)), None)
+
+    def put_tracking(self, record: TrackingRecord) -> None:
+        """Remember what a view records."""
+        key = (record.vm_uuid, record.view)
+        self._change(
+            lambda old: replace(old, trackings=(*(r for r in old.trackings if (r.vm_uuid, r.view) != key), record))
+        )
+
+    def drop_trackings(self, vm_uuid: str, keep: Sequence[str]) -> None:
+        """Forget what the views of that VM record, but for those in `keep`."""
+        self._change(
+            lambda old: replace(
+                old, trackings=tuple(r for r in old.trackings if r.vm_uuid != vm_uuid or r.view in keep)
+            )
+        )
 
     def close(self) -> None:
         """Let go of the folder."""

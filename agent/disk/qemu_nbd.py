@@ -84,6 +84,7 @@ class QemuNbd:
         held: HeldImage | None = None,
         cached: bool = False,
         idle: bool = False,
+        bitmap: str | None = None,
     ) -> QemuNbd:
         """Serve an image that no VM is using.
 
@@ -97,6 +98,7 @@ class QemuNbd:
             cached: serve for reading only, through the page cache, an image that is held all the same: beside the
                 server that writes it (see `agent.disk.beside`).
             idle: it works under idle I/O priority (see `agent.disk.priority`).
+            bitmap: tell this persistent dirty bitmap of the image too, in the metadata context of its name.
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
@@ -110,7 +112,7 @@ class QemuNbd:
         server = cls(name, image, path, past_cache=past_cache, writable=held is not None and not cached)
         try:
             options = image_options(image, image_format, is_device=is_device, locked_by_us=held is not None)
-            server._launch(_command(server, options), held, idle=idle)
+            server._launch(_command(server, options, bitmap), held, idle=idle)
             server._await_ready()
         except BaseException:
             server._end()
@@ -211,7 +213,7 @@ class QemuNbd:
             self._messages = -1
 
 
-def _command(server: QemuNbd, options: str) -> list[str]:
+def _command(server: QemuNbd, options: str, bitmap: str | None) -> list[str]:
     return [
         "qemu-nbd",
         "--persistent",
@@ -222,6 +224,7 @@ def _command(server: QemuNbd, options: str) -> list[str]:
         "--discard=unmap",
         "--detect-zeroes=off",
         *([] if server._writable else ["--read-only"]),
+        *([] if bitmap is None else [f"--bitmap={bitmap}"]),
         "--image-opts",
         options,
     ]
