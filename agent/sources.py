@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.disk.dirty import DirtyRanges
 from agent.disk.open import open_source, open_view
 from agent.disk.seam import Disk
 from agent.errors import AgentError, DiskError, HypervisorError, NoSuchDomain, SyncError
@@ -27,12 +28,19 @@ def tag_of(view: str) -> str:
 
 @dataclass
 class OpenedView:
-    """One open view: its disks by target name stay open until it is closed."""
+    """One open view: its disks by target name stay open until it is closed.
+
+    Attributes:
+        since: by target: the earlier view since which it is known what was written.
+        dirty: by target, of the same disks: what that is.
+    """
 
     pair: str
     view: str
     live: bool
     disks: dict[str, Disk] = field(default_factory=dict)
+    since: dict[str, str] = field(default_factory=dict)
+    dirty: dict[str, DirtyRanges] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -41,9 +49,11 @@ class OpenedView:
 
     def close(self) -> None:
         """Close every disk. They were only read: nothing that goes wrong here loses anything."""
-        for disk in self.disks.values():
+        both: list[Disk | DirtyRanges] = [*self.dirty.values(), *self.disks.values()]
+        for opened in both:
             with contextlib.suppress(DiskError):
-                disk.close()
+                opened.close()
+        self.dirty.clear()
         self.disks.clear()
 
 
@@ -77,7 +87,11 @@ class ViewDesk:
         return opened is not None and opened.live
 
     def disks(self, vm_uuid: str, view: str) -> dict[str, Disk]:
-        """The disks of that open view.
+        """The disks of that open view; raises as `opened`."""
+        return self.opened(vm_uuid, view).disks
+
+    def opened(self, vm_uuid: str, view: str) -> OpenedView:
+        """That open view.
 
         Raises:
             SyncError: it is not open (any more).
@@ -85,7 +99,7 @@ class ViewDesk:
         opened = self._open.get(vm_uuid)
         if opened is None or opened.view != view:
             raise SyncError(f"the view {view} is not open on this host: open it again")
-        return opened.disks
+        return opened
 
     def has_died(self, vm_uuid: str, view: str) -> bool:
         """Whether that view was served by a running VM that is off by now, or about to be."""

@@ -31,18 +31,28 @@ class Connection:
         export: export name.
         timeout_s: how long a request (or connecting) may take.
         given_up: asked while waiting; True ends the wait with `ConnectionBroken`.
+        context: the one metadata context that is asked about.
 
     Raises:
         ConnectionBroken: no connection came about.
     """
 
-    def __init__(self, socket: Path, export: str, timeout_s: float, given_up: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        socket: Path,
+        export: str,
+        timeout_s: float,
+        given_up: Callable[[], bool],
+        *,
+        context: str = ALLOCATION,
+    ) -> None:
+        self._context = context
         self._timeout_s = timeout_s
         self._given_up = given_up
         self.handle = nbd.NBD()
         try:
             self.handle.set_export_name(export)
-            self.handle.add_meta_context(ALLOCATION)
+            self.handle.add_meta_context(context)
             self.handle.set_pread_initialize(False)  # a buffer counts only when its read succeeded
             self.handle.aio_connect_unix(str(socket))
             self._poll_while(lambda: self.handle.aio_is_connecting() or self.handle.aio_is_negotiating())
@@ -89,14 +99,15 @@ class Connection:
 
     def block_status(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, bool]]:
         """What the server tells about a run: (length in bytes, reads as zero) in order; it may tell less, or more."""
-        told: list[tuple[int, bool]] = []
+        return [(length, bool(flags & _STATE_ZERO)) for length, flags in self.block_flags(offset_bytes, length_bytes)]
+
+    def block_flags(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+        """The same as (length in bytes, flags of the context)."""
+        told: list[tuple[int, int]] = []
 
         def on_extents(context: str, _offset: int, entries: list[int], _error: int) -> int:
-            if context == ALLOCATION:
-                told.extend(
-                    (length, bool(flags & _STATE_ZERO))
-                    for length, flags in zip(entries[::2], entries[1::2], strict=True)
-                )
+            if context == self._context:
+                told.extend(zip(entries[::2], entries[1::2], strict=True))
             return 0
 
         self.finish([self.handle.aio_block_status(length_bytes, offset_bytes, on_extents)])
