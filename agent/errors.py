@@ -97,6 +97,12 @@ class DamagedFrame(SyncError):
     code = "damaged-frame"
 
 
+class NoEvidence(SyncError):
+    """A pass was to rest on evidence that this side does not have; a pass that compares needs none."""
+
+    code = "evidence"
+
+
 class Forbidden(AgentError):
     """The caller's certificate, epoch or grant does not allow what it asked for."""
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import cattrs
 
+from agent.durable import replace_whole
 from agent.errors import AgentError
 
 VERSION = 1
@@ -225,19 +226,8 @@ class Ledger:
 
     def _write(self, contents: Contents) -> None:
         text = json.dumps(_CONVERTER.unstructure(contents), indent=1, sort_keys=True)
-        beside = self.path.with_suffix(".new")
         try:
-            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-            folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder_fd)
-            finally:
-                os.close(folder_fd)
+            replace_whole(self.path, text)
         except OSError as error:
             raise LedgerError(
                 f"the agent's ledger {self.path} cannot be written: {error.strerror}; free or mend its file system"

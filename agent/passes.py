@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
 from agent.arrivals import Arrivals, hang_up
+from agent.disk.dirty import DirtyRanges
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
 from agent.sync.buffers import TARGET_BUFFER_BYTES, TARGET_BUFFERS, BufferPool, Windows
@@ -206,10 +207,12 @@ class PassDesk:
         self,
         session: Session,
         disks: dict[str, Disk],
-        before_first_write: Callable[[], Awaitable[None]],
+        before_first_write: Callable[[GrantedDisk], Awaitable[None]],
         progress: Progress,
+        why_not: Mapping[str, str] | None = None,
     ) -> tuple[DiskReport, ...]:
-        """Carry out a granted RECEIVE pass on opened targets, by target name."""
+        """Carry out a granted RECEIVE pass on opened targets, by target name. `before_first_write` is awaited for each
+        disk before anything is written to it; `why_not`: why more is not known of a disk, for the reports."""
 
         session.idle_since = trio.current_time()
 
@@ -228,8 +231,9 @@ class PassDesk:
                     seed=hello.digest_seed,
                     buffers=self.scratch,
                     limits=session.limits,
-                    before_first_write=before_first_write,
+                    before_first_write=partial(before_first_write, granted),
                     meter=meter,
+                    since=granted.since,
                 )
                 await accompanied(target.run, partial(arrived.let_join, target))
             finally:
@@ -237,16 +241,26 @@ class PassDesk:
                 session.idle_since = trio.current_time()
                 await arrived.hang_up()
 
-        return await self._all(session, one, progress)
+        return await self._all(session, one, progress, why_not or {})
 
     async def send(
-        self, session: Session, disks: dict[str, Disk], connect: Connect, progress: Progress
+        self,
+        session: Session,
+        disks: dict[str, Disk],
+        connect: Connect,
+        progress: Progress,
+        dirty: Mapping[str, DirtyRanges] | None = None,
     ) -> tuple[DiskReport, ...]:
-        """Carry out a granted SEND pass from opened views."""
+        """Carry out a granted SEND pass from opened views. `dirty`: by target, what was written since the view that its
+        grant names; of a disk granted `since` a view it must be there."""
+        tracked = {d.target: (dirty or {})[d.target] for d in session.grant.disks if d.since is not None}
 
         async def one(granted: GrantedDisk, meter: Meter) -> None:
+            written = tracked.get(granted.target)
+            if written is not None:
+                meter.rung = written.rung
             async with self._at_once:
-                verified = await self._send_disk(session, granted, disks[granted.target], meter, connect)
+                verified = await self._send_disk(session, granted, disks[granted.target], meter, connect, written)
             if verified.verified_bytes < meter.changed_bytes:
                 raise PeerViolation(
                     f"the target verified {verified.verified_bytes} bytes of disk {granted.target} "
@@ -256,10 +270,16 @@ class PassDesk:
             meter.written_bytes, meter.zeroed_bytes = verified.written_bytes, verified.zeroed_bytes
             meter.past_cache = verified.past_cache
 
-        return await self._all(session, one, progress)
+        return await self._all(session, one, progress, {})
 
     async def _send_disk(
-        self, session: Session, granted: GrantedDisk, disk: Disk, meter: Meter, connect: Connect
+        self,
+        session: Session,
+        granted: GrantedDisk,
+        disk: Disk,
+        meter: Meter,
+        connect: Connect,
+        written: DirtyRanges | None,
     ) -> PassVerified:
         seed = secrets.randbits(64)
         connections: list[BulkSocket] = []
@@ -281,6 +301,7 @@ class PassDesk:
                 limits=session.limits,
                 tuning=tuning,
                 meter=meter,
+                dirty=written,
             ).run()
             self.tunings.end(session.grant.vm_uuid, granted.target, tuning)
             return verified
@@ -302,9 +323,10 @@ class PassDesk:
         session: Session,
         one: Callable[[GrantedDisk, Meter], Awaitable[None]],
         progress: Progress,
+        why_not: Mapping[str, str],
     ) -> tuple[DiskReport, ...]:
         """All disks side by side; the first failure ends the others and is what is raised."""
-        meters = {disk.target: Meter(disk.target, disk.source_size_bytes) for disk in session.grant.disks}
+        meters = {disk.target: Meter.of(disk, why_not.get(disk.target)) for disk in session.grant.disks}
 
         async def tell() -> None:
             while True:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import trio
 
 from agent.disk.open import open_target
 from agent.disk.seam import Disk
-from agent.errors import DiskError, SyncError
+from agent.errors import AgentError, DiskError, NoEvidence, SyncError
+from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
 from agent.passes import Connect, PassDesk, Progress, Session, set_limits
-from agent.sources import ViewDesk
+from agent.sources import OpenedView, ViewDesk
 from agent.threads import Threads
 from protocol.bulk import BulkSocket, connect_bulk
-from protocol.messages import BulkWelcome, Direction, DiskReport, GrantedDisk, PassReport, RunPass
+from protocol.messages import BulkWelcome, Direction, DiskReport, GrantedDisk, PassKind, PassReport, RunPass
 
 
 class ViewLost(SyncError):
@@ -37,6 +39,7 @@ class PassRunner:
     threads: Threads
     client_context: ssl.SSLContext
     runtime_dir: Path
+    evidence: EvidenceDesk
     _verified: dict[str, str] = field(default_factory=dict)
 
     async def run(self, request: RunPass, session: Session, progress: Progress) -> PassReport:
@@ -61,10 +64,13 @@ class PassRunner:
 
     async def _send(self, request: RunPass, session: Session, progress: Progress) -> tuple[DiskReport, ...]:
         grant = session.grant
-        disks = self.views.disks(grant.vm_uuid, grant.view)
-        self._check_sizes(session, disks, {d.target: d.source_size_bytes for d in grant.disks})
+        opened = self.views.opened(grant.vm_uuid, grant.view)
+        self._check_sizes(session, opened.disks, {d.target: d.source_size_bytes for d in grant.disks})
+        _check_written(opened, grant.disks)
         try:
-            return await self.passes.send(session, disks, self._connector(request, session), progress)
+            return await self.passes.send(
+                session, opened.disks, self._connector(request, session), progress, opened.dirty
+            )
         except DiskError as error:
             given_up = self.views.given_up(grant.vm_uuid, grant.view)
             if given_up is not None:
@@ -85,13 +91,31 @@ class PassRunner:
         try:
             await self.threads.on_disk(lambda: self._open_targets(session, opened))
             self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
-            reports = await self.passes.receive(session, opened, self._marker(session), progress)
+            why_not = await self.threads.on_disk(lambda: self._why_compared(session))
+            reports = await self.passes.receive(session, opened, self._marker(session), progress, why_not)
         except BaseException:
             await self._close(opened, complain=False)
+            # What went wrong first is what is told; without this a later pass can prove less.
+            with trio.CancelScope(shield=True), contextlib.suppress(AgentError):
+                await self.threads.on_disk(lambda: self.evidence.broken_off(uuid, tuple(opened)))
             raise
         await self._close(opened, complain=True)
+        if session.grant.kind is not PassKind.SYNC:
+            return reports
+        with trio.CancelScope(shield=True):
+            await self.threads.on_disk(lambda: self.evidence.equals_now(uuid, session.grant.view, tuple(opened)))
         self._verified[uuid] = session.grant.view
         return reports
+
+    def _why_compared(self, session: Session) -> dict[str, str]:
+        """Why the disks that are compared are: by what this side knows, if it is for want of that."""
+        uuid = session.grant.vm_uuid
+        proofs = {d.target: self.evidence.proof(uuid, d.target) for d in session.grant.disks if d.since is None}
+        return {
+            target: proof.why_not
+            or f"this side proves that the disk equals the view {proof.view}; what was written since is not known"
+            for target, proof in proofs.items()
+        }
 
     async def _close(self, opened: dict[str, Disk], *, complain: bool) -> None:
         """Close every disk, whatever the others say; then, if `complain`, raise what the first said."""
@@ -108,6 +132,8 @@ class PassRunner:
     def _open_targets(self, session: Session, opened: dict[str, Disk]) -> None:
         """Open the fenced original's disks for writing, each through the lock that fences it."""
         fence = self.fences.required(session.grant.vm_uuid, "original", session.order.pair)
+        for granted in session.grant.disks:
+            self.evidence.require(session.grant.vm_uuid, granted)
         for granted in session.grant.disks:
             trio.from_thread.check_cancelled()  # each may take a while
             # What the VM's disk is now stands first.
@@ -144,13 +170,32 @@ class PassRunner:
 
         return connect
 
-    def _marker(self, session: Session) -> Callable[[], Awaitable[None]]:
-        """What marks the original torn, durably, before the first write to any of its disks."""
-        record = ConditionRecord(vm_uuid=session.grant.vm_uuid, condition=DiskCondition.TORN)
+    def _marker(self, session: Session) -> Callable[[GrantedDisk], Awaitable[None]]:
+        """What marks a disk and the original torn, durably, before the first write to that disk."""
+        uuid = session.grant.vm_uuid
+        record = ConditionRecord(vm_uuid=uuid, condition=DiskCondition.TORN)
         turn = trio.Lock()
 
-        async def mark() -> None:
+        def write_down(granted: GrantedDisk) -> None:
+            self.evidence.before_writing(uuid, granted)
+            self.fences.ledger.put_condition(record)
+
+        async def mark(granted: GrantedDisk) -> None:
             async with turn:
-                await self.threads.on_disk(lambda: self.fences.ledger.put_condition(record))
+                await self.threads.on_disk(lambda: write_down(granted))
 
         return mark
+
+
+def _check_written(opened: OpenedView, disks: Iterable[GrantedDisk]) -> None:
+    """Raise `NoEvidence` unless it is known what was written to each disk since the view that its grant names."""
+    for granted in disks:
+        if granted.since is None:
+            continue
+        dirty, since = opened.dirty.get(granted.target), opened.since.get(granted.target)
+        if dirty is None or since != granted.since or dirty.size_bytes != granted.source_size_bytes:
+            raise NoEvidence(
+                f"disk {granted.target} is granted since the view {granted.since}, and the view {opened.view} does not "
+                "tell what was written to it since then: run a pass that compares",
+                disk=granted.target,
+            )

@@ -11,7 +11,6 @@ import shutil
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 
 import structlog
@@ -20,7 +19,9 @@ from agent import describe, power
 from agent.authority import Authority
 from agent.config import Config
 from agent.disk.lock import image_in_use
+from agent.equals import EqualsBook
 from agent.errors import AgentError, Forbidden, HypervisorError
+from agent.evidence import EvidenceDesk
 from agent.fences import Fenced, FenceKeeper, Torn
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.passes import PassDesk
@@ -102,8 +103,15 @@ class AgentService:
         limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
         self.tracking = TrackingDesk(self.hypervisor, self.fences, self.views, self.config.runtime_dir)
+        self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder))
         self.runner = PassRunner(
-            self.passes, self.views, self.fences, self.threads, self.client_context, self.config.runtime_dir
+            self.passes,
+            self.views,
+            self.fences,
+            self.threads,
+            self.client_context,
+            self.config.runtime_dir,
+            self.evidence,
         )
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
@@ -122,7 +130,9 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
-            case AskEvidence() | SampleBlocks():
+            case AskEvidence():
+                return await self.threads.on_disk(lambda: self.evidence.answer(request.vm_uuid, request.targets))
+            case SampleBlocks():
                 raise Forbidden(f"this agent does not answer the question {type(request).__name__}")
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
@@ -277,6 +287,7 @@ class AgentService:
             # for we may die right after.
             if self.ledger.condition(uuid) is not None:
                 self.ledger.put_condition(ConditionRecord(vm_uuid=uuid, condition=DiskCondition.INTACT))
+            self.evidence.forget(uuid)
             self.hypervisor.power_on(uuid)
 
         await self._blocking(power_on)
@@ -298,8 +309,19 @@ class AgentService:
         return description
 
     async def _lift(self, request: LiftFence) -> Done:
-        lift = partial(self.fences.lift, request.vm_uuid, pair=request.order.pair)
-        await self._blocking(partial(lift, restore_autostart=request.restore_autostart, autostart=request.autostart))
+        uuid = request.vm_uuid
+
+        def lift() -> None:
+            self.fences.lift(
+                uuid,
+                pair=request.order.pair,
+                restore_autostart=request.restore_autostart,
+                autostart=request.autostart,
+            )
+            # Without the lock a record is worth what the file's stamp is worth; the next fence is a new beginning.
+            self.evidence.forget(uuid)
+
+        await self._blocking(lift)
         return Done()
 
     async def _set_condition(self, request: SetCondition) -> Done:

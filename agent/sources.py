@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import structlog
 
+from agent.disk.dirty import DirtyRanges, open_dirty_closed, open_dirty_view
 from agent.disk.open import open_source, open_view
 from agent.disk.seam import Disk
 from agent.errors import (
@@ -25,7 +27,7 @@ from agent.fences import FenceKeeper
 from agent.ledger import LockKind, TrackedImage, TrackingRecord, ViewRecord
 from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
 from agent.tags import tag_of
-from agent.tracking import ClosedRecord, LiveRecord, closed_record, earlier_views
+from agent.tracking import closed_record, earlier_views
 from agent.virt.seam import Hypervisor, PowerState, View
 
 log = structlog.get_logger("failback.agent")
@@ -40,7 +42,8 @@ class OpenedView:
 
     Attributes:
         tracked: targets whose writes are recorded from this view on.
-        since: by target, the earlier view since which it is told what was written, and `records`, where that is told.
+        since: by target: the earlier view since which it is known what was written.
+        dirty: by target, of the same disks: what that is.
         why_not: by target, reasons why it is not tracked, or does not know.
     """
 
@@ -50,12 +53,21 @@ class OpenedView:
     disks: dict[str, Disk] = field(default_factory=dict)
     tracked: set[str] = field(default_factory=set)
     since: dict[str, str] = field(default_factory=dict)
-    records: dict[str, LiveRecord | ClosedRecord] = field(default_factory=dict)
+    dirty: dict[str, DirtyRanges] = field(default_factory=dict)
     why_not: dict[str, list[str]] = field(default_factory=dict)
 
     def tell(self, target: str, reason: str) -> None:
         """Add a reason to `why_not`."""
         self.why_not.setdefault(target, []).append(reason)
+
+    def know(self, target: str, since: str, read: Callable[[], DirtyRanges]) -> None:
+        """What was written to a disk since an earlier view is told by `read`, if it can be read."""
+        try:
+            self.dirty[target] = read()
+        except DiskError as error:
+            self.tell(target, error.sentence)
+        else:
+            self.since[target] = since
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -64,9 +76,11 @@ class OpenedView:
 
     def close(self) -> None:
         """Close every disk. They were only read: nothing that goes wrong here loses anything."""
-        for disk in self.disks.values():
+        both: list[Disk | DirtyRanges] = [*self.dirty.values(), *self.disks.values()]
+        for opened in both:
             with contextlib.suppress(DiskError):
-                disk.close()
+                opened.close()
+        self.dirty.clear()
         self.disks.clear()
 
 
@@ -125,7 +139,11 @@ class ViewDesk:
         return opened is not None and opened.live
 
     def disks(self, vm_uuid: str, view: str) -> dict[str, Disk]:
-        """The disks of that open view.
+        """The disks of that open view; raises as `opened`."""
+        return self.opened(vm_uuid, view).disks
+
+    def opened(self, vm_uuid: str, view: str) -> OpenedView:
+        """That open view.
 
         Raises:
             SyncError: it is not open (any more).
@@ -136,7 +154,7 @@ class ViewDesk:
         given_up = self.scratch.reason(vm_uuid, view)
         if given_up is not None:
             raise given_up
-        return opened.disks
+        return opened
 
     def given_up(self, vm_uuid: str, view: str) -> ScratchFull | None:
         """Why that view, which is open, was given up; None when it was not."""
@@ -220,8 +238,9 @@ class ViewDesk:
         for target, reason in (*unknown.items(), *served.why_not.items()):
             opened.tell(target, reason)
         for target, context in served.dirty_contexts.items():
-            opened.since[target] = since[target]
-            opened.records[target] = LiveRecord(served.socket, served.exports[target], context)
+            opened.know(
+                target, since[target], partial(open_dirty_view, target, served.socket, served.exports[target], context)
+            )
         for target in targets:
             opened.disks[target] = open_view(target, served.socket, served.exports[target])
         self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), sum(opened.sizes.values()))
@@ -292,7 +311,11 @@ class ViewDesk:
         if isinstance(record, str):
             opened.tell(target, record)
             return
-        opened.since[target], opened.records[target] = view, record
+        opened.know(
+            target,
+            view,
+            partial(open_dirty_closed, target, record.path, record.format, (record.bitmap,), self.runtime_dir),
+        )
 
     def close_of(self, vm_uuid: str) -> None:
         """End whatever view of that VM is open."""

@@ -19,15 +19,6 @@ from agent.virt.seam import EarlierView
 
 
 @dataclass(frozen=True, slots=True)
-class LiveRecord:
-    """Where what was written since an earlier view is told: a metadata context of a running VM's NBD export."""
-
-    socket: Path
-    export: str
-    context: str
-
-
-@dataclass(frozen=True, slots=True)
 class ClosedRecord:
     """Where what was written since an earlier view is told: a persistent dirty bitmap of a closed image."""
 

@@ -205,10 +205,15 @@ def check_reports(disks: Sequence[DiskSizes], view: str, source: PassReport, tar
                 f"disk {disk.replica} has {disk.source_size_bytes} bytes, reported were {here.size_bytes} "
                 f"and {there.size_bytes}"
             )
-        if here.zero_bytes + here.compared_bytes != disk.source_size_bytes:
+        known = here.zero_bytes + here.compared_bytes + here.unchanged_bytes
+        if known != disk.source_size_bytes:
             raise _disagrees(
-                f"of the {disk.source_size_bytes} bytes of disk {disk.replica} only "
-                f"{here.zero_bytes + here.compared_bytes} are accounted for"
+                f"of the {disk.source_size_bytes} bytes of disk {disk.replica} only {known} are accounted for"
+            )
+        if here.unchanged_bytes != there.unchanged_bytes:
+            raise _disagrees(
+                f"{here.unchanged_bytes} bytes of disk {disk.replica} were told to be unchanged, "
+                f"{there.unchanged_bytes} were taken as such"
             )
         if here.changed_bytes != there.written_bytes:
             raise _disagrees(

@@ -7,14 +7,21 @@ that both ends keep alike: `BlockData` payload on its way (against `Credit`), an
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 
 from protocol import limits
+from protocol.bulk_ranges import (
+    RANGE_BYTES,
+    check_between,
+    check_inside,
+    check_rising,
+    size_of,
+    split_ranges,
+    start_of,
+    superblock_count,
+)
 from protocol.codec import Message
 from protocol.connection import Allocate, Breach, Buffer, Connection, Speaker, State, Table
 from protocol.messages import (
@@ -30,10 +37,10 @@ from protocol.messages import (
     PassFailed,
     PassVerified,
     SpanAnswer,
+    TrackedSpan,
     ZeroRanges,
 )
 
-RANGE_BYTES = 16  # offset and length, each an unsigned 64-bit little-endian number
 DIGEST_BYTES = 16  # xxh3-128
 PROOF_BYTES = 32  # BLAKE3
 MAX_SEED = 2**64 - 1  # XXH64_hash_t, what xxh3 takes as seed
@@ -47,6 +54,7 @@ BULK_TABLE: Table = {
     (State.ASKED, Speaker.LISTENER): {BulkWelcome: State.OPEN, Goodbye: State.OVER},
     (State.OPEN, Speaker.CALLER): {
         CompareSpan: State.OPEN,
+        TrackedSpan: State.OPEN,
         ZeroRanges: State.OPEN,
         BlockData: State.OPEN,
         EndOfPass: State.ENDING,
@@ -59,71 +67,23 @@ BULK_TABLE: Table = {
 """Bulk: (state, who speaks) -> what may be said, and the state after it. The source is the caller."""
 
 
-def split_ranges(payload: Sequence[Buffer], count: int) -> tuple[array[int], array[int]]:
-    """The first `count` ranges of a payload that has at least so many: their offsets and their lengths, in bytes."""
-    numbers = array("Q")
-    numbers.frombytes(_start_of(payload, count * RANGE_BYTES))
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers[0::2], numbers[1::2]
+def _check_granularity(message: CompareSpan | TrackedSpan) -> None:
+    check_between("superblock_bytes", message.superblock_bytes, limits.BLOCK_BYTES, limits.MAX_SUPERBLOCK_BYTES)
+    check_between("detail_bytes", message.detail_bytes, limits.MIN_DETAIL_BYTES, message.superblock_bytes)
+    for name in ("superblock_bytes", "detail_bytes"):
+        if getattr(message, name).bit_count() != 1:
+            raise Breach(f"{name} {getattr(message, name)} is no power of two")
 
 
-def _start_of(payload: Sequence[Buffer], wanted_bytes: int) -> Buffer:
-    """The first bytes of a payload in pieces; copied only where they lie in several."""
-    have = bytearray()
-    for piece in payload:
-        part = memoryview(piece).cast("B")[: wanted_bytes - len(have)]
-        if part.nbytes == wanted_bytes:
-            return part
-        have += part
-        if len(have) == wanted_bytes:
-            break
-    return have
-
-
-def _size(payload: Sequence[Buffer]) -> int:
-    return sum(memoryview(piece).nbytes for piece in payload)
-
-
-def _check_rising(offsets: array[int], lengths: array[int]) -> None:
-    """Breach unless the ranges are not empty, rise, do not overlap and stay below 2**63."""
-    end = 0
-    for offset, length in zip(offsets, lengths, strict=True):
-        if length == 0 or offset < end:
-            raise Breach(f"the range at byte {offset} is empty, overlaps the one before or stands before it")
-        end = offset + length
-    if end > limits.MAX_DISK_BYTES:
-        raise Breach(f"a range ends at byte {end}, beyond any disk")
-
-
-def _check_whole_blocks(offsets: array[int], lengths: array[int], end_bytes: int) -> None:
-    """Breach unless rising ranges begin and end at multiples of a block; the last may end at `end_bytes` instead."""
-    mask = limits.BLOCK_BYTES - 1
-    # All numbers at once: one that is no multiple sets a low bit. Only a breach is worth a loop.
-    whole = lengths[:-1] if lengths and offsets[-1] + lengths[-1] == end_bytes else lengths
-    if (reduce(or_, offsets, 0) | reduce(or_, whole, 0)) & mask:
-        wrong = next(
-            offset
-            for offset, length in zip(offsets, lengths, strict=True)
-            if offset & mask or (length & mask and offset + length != end_bytes)
-        )
-        raise Breach(f"the range at byte {wrong} does not begin and end at multiples of {limits.BLOCK_BYTES}")
-
-
-def superblock_count(offsets: Sequence[int], lengths: Sequence[int], superblock_bytes: int) -> int:
-    """How many superblocks the ranges of a span have: each is what of one range lies between two multiples of its size.
-
-    Args:
-        offsets, lengths: of rising ranges, as `CompareSpan` allows them: of whole blocks, but for the end of the last.
-        superblock_bytes: a power of two; may be less than a block, as details are.
-    """
-    if superblock_bytes <= limits.BLOCK_BYTES:
-        return -(-sum(lengths) // superblock_bytes)  # all start at a multiple, only the last may end off one
-    shift = superblock_bytes.bit_length() - 1
-    return sum(
-        ((offset + length - 1) >> shift) - (offset >> shift) + 1
-        for offset, length in zip(offsets, lengths, strict=True)
-    )
+def _asked_ranges(message: Message) -> int:
+    """How many ranges of data a span asks about, which stand first in its payload."""
+    match message:
+        case CompareSpan():
+            return message.count
+        case TrackedSpan() if message.superblock_bytes:
+            return message.data_count
+        case _:
+            return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +147,10 @@ class BulkConnection(Connection):
         if self.state is not State.OPEN:
             return False
         if isinstance(message, BlockData):
-            return self.window_left_bytes < _size(payload) <= self.window_bytes
-        if isinstance(message, CompareSpan) and 0 < message.count * RANGE_BYTES <= _size(payload):
-            _, lengths = split_ranges(payload, message.count)
+            return self.window_left_bytes < size_of(payload) <= self.window_bytes
+        count = _asked_ranges(message)
+        if 0 < count * RANGE_BYTES <= size_of(payload):
+            _, lengths = split_ranges(payload, count)
             return self.ahead_left_bytes < sum(lengths) <= self._ahead_bytes
         return False
 
@@ -202,8 +163,10 @@ class BulkConnection(Connection):
             case CompareSpan():
                 self._check_compare(message, payload_bytes)
                 expected = payload_bytes
+            case TrackedSpan():
+                expected = self._check_tracked(message, payload_bytes)
             case ZeroRanges():
-                _check_between("count", message.count, 1, limits.MAX_RANGES)
+                check_between("count", message.count, 1, limits.MAX_RANGES)
                 expected = message.count * RANGE_BYTES
             case BlockData():
                 self._check_block_data(message, payload_bytes)
@@ -217,16 +180,33 @@ class BulkConnection(Connection):
             raise Breach(f"{type(message).__name__} must have {expected} bytes of payload, not {payload_bytes}")
 
     def _check_compare(self, message: CompareSpan, payload_bytes: int) -> None:
-        _check_between("count", message.count, 0, limits.MAX_RANGES)
-        _check_between("superblock_bytes", message.superblock_bytes, limits.BLOCK_BYTES, limits.MAX_SUPERBLOCK_BYTES)
-        _check_between("detail_bytes", message.detail_bytes, limits.MIN_DETAIL_BYTES, message.superblock_bytes)
-        for name in ("superblock_bytes", "detail_bytes"):
-            if getattr(message, name).bit_count() != 1:
-                raise Breach(f"{name} {getattr(message, name)} is no power of two")
+        check_between("count", message.count, 0, limits.MAX_RANGES)
+        _check_granularity(message)
+        self._check_place(message)
+        digests, rest = divmod(payload_bytes - message.count * RANGE_BYTES, DIGEST_BYTES)
+        if rest or not message.count <= digests <= limits.MAX_DIGESTS or (digests and not message.count):
+            raise Breach(f"CompareSpan of {message.count} ranges has {payload_bytes} bytes of payload")
+
+    def _check_tracked(self, message: TrackedSpan, payload_bytes: int) -> int:
+        """How long the payload must be; breach where that cannot be."""
+        check_between("data_count", message.data_count, 0, limits.MAX_RANGES)
+        check_between("zero_count", message.zero_count, 0, limits.MAX_RANGES - message.data_count)
+        self._check_place(message)
+        ranges_bytes = (message.data_count + message.zero_count) * RANGE_BYTES
+        if not message.superblock_bytes:
+            check_between("detail_bytes", message.detail_bytes, 0, 0)
+            return ranges_bytes
+        _check_granularity(message)
+        digests = max(payload_bytes - ranges_bytes, 0) // DIGEST_BYTES
+        least = message.data_count
+        return ranges_bytes + DIGEST_BYTES * min(max(digests, least), limits.MAX_DIGESTS if least else 0)
+
+    def _check_place(self, message: CompareSpan | TrackedSpan) -> None:
+        """Breach unless the span lies behind the one before."""
         if message.batch <= self._last_batch:
             raise Breach(f"batch {message.batch} does not rise above {self._last_batch}")
-        _check_between("length_bytes", message.length_bytes, 1, limits.MAX_DISK_BYTES)
-        _check_between("offset_bytes", message.offset_bytes, 0, limits.MAX_DISK_BYTES - message.length_bytes)
+        check_between("length_bytes", message.length_bytes, 1, limits.MAX_DISK_BYTES)
+        check_between("offset_bytes", message.offset_bytes, 0, limits.MAX_DISK_BYTES - message.length_bytes)
         if self._end_of_spans % limits.BLOCK_BYTES:
             # Without this a span could hold a single byte of data, and `ahead_bytes` of them could be open at once.
             raise Breach(
@@ -238,13 +218,10 @@ class BulkConnection(Connection):
                 f"the span at byte {message.offset_bytes} stands before byte {self._end_of_spans}, where the one "
                 f"before ended, or at no multiple of {limits.BLOCK_BYTES}"
             )
-        digests, rest = divmod(payload_bytes - message.count * RANGE_BYTES, DIGEST_BYTES)
-        if rest or not message.count <= digests <= limits.MAX_DIGESTS or (digests and not message.count):
-            raise Breach(f"CompareSpan of {message.count} ranges has {payload_bytes} bytes of payload")
 
     def _check_block_data(self, message: BlockData, payload_bytes: int) -> None:
-        _check_between("count", message.count, 1, limits.MAX_BLOCK_RANGES)
-        _check_between("plain_bytes", message.plain_bytes, 1, limits.MAX_PLAIN_BYTES)
+        check_between("count", message.count, 1, limits.MAX_BLOCK_RANGES)
+        check_between("plain_bytes", message.plain_bytes, 1, limits.MAX_PLAIN_BYTES)
         stored = payload_bytes - message.count * (RANGE_BYTES + PROOF_BYTES)
         least = message.plain_bytes if message.codec is Codec.RAW else 1
         if not least <= stored <= message.plain_bytes:
@@ -258,33 +235,33 @@ class BulkConnection(Connection):
         if message.batch not in self._batches:
             raise Breach(f"SpanAnswer answers batch {message.batch}, which is not open")
         span = self._batches[message.batch]
-        _check_between("read_bytes", message.read_bytes, 0, span.data_bytes)
-        _check_between("details", message.details, 0, span.most_details)
+        check_between("read_bytes", message.read_bytes, 0, span.data_bytes)
+        check_between("details", message.details, 0, span.most_details)
         return 2 * span.row_bytes + message.details * DIGEST_BYTES
 
     def _check_plain(self, message: Message) -> None:
         match message:
             case BulkHello():
-                _check_between("digest_seed", message.digest_seed, 0, MAX_SEED)
+                check_between("digest_seed", message.digest_seed, 0, MAX_SEED)
             case BulkWelcome():
                 if message.version not in self._offered:
                     raise Breach(f"BulkWelcome chooses version {message.version}, which was not offered")
-                _check_between("window_bytes", message.window_bytes, limits.MIN_WINDOW_BYTES, limits.MAX_WINDOW_BYTES)
-                _check_between("ahead_bytes", message.ahead_bytes, limits.MIN_AHEAD_BYTES, limits.MAX_AHEAD_BYTES)
-                _check_between("lanes", message.lanes, 1, limits.MAX_LANES)
+                check_between("window_bytes", message.window_bytes, limits.MIN_WINDOW_BYTES, limits.MAX_WINDOW_BYTES)
+                check_between("ahead_bytes", message.ahead_bytes, limits.MIN_AHEAD_BYTES, limits.MAX_AHEAD_BYTES)
+                check_between("lanes", message.lanes, 1, limits.MAX_LANES)
             case Credit():
-                _check_between("payload_bytes", message.payload_bytes, 0, self.unacknowledged_bytes)
+                check_between("payload_bytes", message.payload_bytes, 0, self.unacknowledged_bytes)
             case EndOfPass():
                 if self._batches:
                     raise Breach(f"EndOfPass while {len(self._batches)} spans are unanswered")
-                _check_between("lanes", message.lanes, 1, self._lanes)
-                for name in ("data_bytes", "zero_bytes", "compared_bytes"):
-                    _check_between(name, getattr(message, name), 0, limits.MAX_DISK_BYTES)
+                check_between("lanes", message.lanes, 1, self._lanes)
+                for name in ("data_bytes", "zero_bytes", "compared_bytes", "unchanged_bytes"):
+                    check_between(name, getattr(message, name), 0, limits.MAX_DISK_BYTES)
             case PassVerified():
                 for name in ("written_bytes", "zeroed_bytes", "verified_bytes", "compared_bytes"):
-                    _check_between(name, getattr(message, name), 0, limits.MAX_DISK_BYTES)
+                    check_between(name, getattr(message, name), 0, limits.MAX_DISK_BYTES)
             case PassFailed():
-                _check_between("offset_bytes", message.offset_bytes, -1, limits.MAX_DISK_BYTES)
+                check_between("offset_bytes", message.offset_bytes, -1, limits.MAX_DISK_BYTES)
             case _:
                 pass
 
@@ -293,15 +270,18 @@ class BulkConnection(Connection):
     def _check_payload(self, speaker: Speaker, number: int, message: Message, payload: Sequence[Buffer]) -> None:
         match message:
             case CompareSpan():
-                self._book_span(message, *split_ranges(payload, message.count), payload)
+                offsets, lengths = split_ranges(payload, message.count)
+                self._book_span(message, offsets, lengths, size_of(payload) // DIGEST_BYTES - message.count)
+            case TrackedSpan():
+                self._book_tracked(message, payload)
             case ZeroRanges():
-                _check_rising(*split_ranges(payload, message.count))
+                check_rising(*split_ranges(payload, message.count))
             case BlockData():
                 offsets, lengths = split_ranges(payload, message.count)
-                _check_rising(offsets, lengths)
+                check_rising(offsets, lengths)
                 if sum(lengths) != message.plain_bytes:
                     raise Breach(f"BlockData's ranges hold {sum(lengths)} bytes, not {message.plain_bytes}")
-                self.unacknowledged_bytes += _size(payload)
+                self.unacknowledged_bytes += size_of(payload)
             case SpanAnswer():
                 self._check_rows(message, self._batches[message.batch], payload)
                 self._asked_bytes -= self._batches.pop(message.batch).data_bytes
@@ -316,15 +296,13 @@ class BulkConnection(Connection):
                 pass
 
     def _book_span(
-        self, message: CompareSpan, offsets: array[int], lengths: array[int], payload: Sequence[Buffer]
+        self, message: CompareSpan | TrackedSpan, offsets: array[int], lengths: array[int], digests: int
     ) -> None:
-        _check_rising(offsets, lengths)
-        end = message.offset_bytes + message.length_bytes
-        if offsets and not message.offset_bytes <= offsets[0] <= offsets[-1] + lengths[-1] <= end:
-            raise Breach(f"ranges reach from byte {offsets[0]} to {offsets[-1] + lengths[-1]}, out of their span")
-        _check_whole_blocks(offsets, lengths, end)
+        check_inside(message, offsets, lengths)
+        self._last_batch, self._end_of_spans = message.batch, message.offset_bytes + message.length_bytes
+        if not message.superblock_bytes:
+            return
         count = superblock_count(offsets, lengths, message.superblock_bytes)
-        digests = _size(payload) // DIGEST_BYTES - message.count
         if count != digests:
             raise Breach(f"{digests} digests came for {count} superblocks")
         size = sum(lengths)
@@ -336,15 +314,23 @@ class BulkConnection(Connection):
             each = message.superblock_bytes // message.detail_bytes
             if most > limits.MAX_DIGESTS:
                 raise Breach(f"a span with {most} details; an answer tells {limits.MAX_DIGESTS} at most")
-        self._last_batch, self._end_of_spans = message.batch, end
         if count:
             self._batches[message.batch] = OpenSpan(count, size, most, each)
             self._asked_bytes += size
 
+    def _book_tracked(self, message: TrackedSpan, payload: Sequence[Buffer]) -> None:
+        count = message.data_count + message.zero_count
+        offsets, lengths = split_ranges(payload, count)
+        data, zeroes = slice(message.data_count), slice(message.data_count, None)
+        check_inside(message, offsets[zeroes], lengths[zeroes])
+        both = sorted(zip(offsets, lengths, strict=True))
+        check_rising(array("Q", [offset for offset, _ in both]), array("Q", [length for _, length in both]))
+        self._book_span(message, offsets[data], lengths[data], size_of(payload) // DIGEST_BYTES - count)
+
     def _check_rows(self, message: SpanAnswer, span: OpenSpan, payload: Sequence[Buffer]) -> None:
         """Breach unless the rows of bits agree with each other and with the number of details. Which details are due
         only those can tell who kept the ranges."""
-        rows = bytes(_start_of(payload, 2 * span.row_bytes))
+        rows = bytes(start_of(payload, 2 * span.row_bytes))
         differs, empty = (int.from_bytes(row, "big") for row in (rows[: span.row_bytes], rows[span.row_bytes :]))
         if (differs | empty) & ((1 << -span.superblocks % 8) - 1):
             raise Breach(f"SpanAnswer sets bits behind those of its {span.superblocks} superblocks")
@@ -352,9 +338,4 @@ class BulkConnection(Connection):
             raise Breach("SpanAnswer calls superblocks empty that do not differ")
         if span.details_each:
             told = (differs & ~empty).bit_count()
-            _check_between("details", message.details, told, told * span.details_each)
-
-
-def _check_between(what: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise Breach(f"{what} is {value}; allowed are {least} to {most}")
+            check_between("details", message.details, told, told * span.details_each)

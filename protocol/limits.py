@@ -32,10 +32,12 @@ MAX_BLOCK_RANGES = 16 * KIB
 """Ranges in one `BlockData`: 512-byte ranges still fill it; each costs 48 bytes of payload."""
 
 MAX_RANGES = 64 * KIB
-"""Ranges in one `CompareSpan` or `ZeroRanges`: 1 MiB of payload, checked in 16 to 27 ms."""
+"""Ranges in one `CompareSpan`, `TrackedSpan` (both kinds together) or `ZeroRanges`: 1 MiB of payload, checked in 16 to
+27 ms, those of both kinds in some more."""
 
 MAX_DIGESTS = 256 * KIB
-"""Superblocks in one `CompareSpan`, and details in one `SpanAnswer`: 4 MiB of payload, the pages of 1 GiB."""
+"""Superblocks in one `CompareSpan` or `TrackedSpan`, and details in one `SpanAnswer`: 4 MiB of payload, the pages of
+1 GiB."""
 
 BULK = FrameLimits(header_bytes=64 * KIB, payload_bytes=9 * MIB)
 """`MAX_PLAIN_BYTES` of blocks, `MAX_BLOCK_RANGES` ranges and digests behind a small header."""

@@ -653,7 +653,7 @@ class DiskReport:
         target: the disk's name at the reporting side.
         size_bytes: the source's size.
         zero_bytes: known to read as zero at the source, not read.
-        compared_bytes: read and hashed on this side.
+        compared_bytes: read and hashed on this side; of what was sent without comparing, what the source read for it.
         changed_bytes: what differed and was sent as data: of blocks, or of pages within them.
         wire_bytes: everything the disk's bulk connections carried, both ways, before TLS.
         written_bytes, zeroed_bytes: what the target wrote and what it zeroed or discarded.
@@ -666,6 +666,8 @@ class DiskReport:
         superblock_bytes, detail_bytes: the granularity of comparing that the pass ended with.
         access: how this side read the disk, in words.
         differing_bytes: in a pass that only compares: what differs; `differing`: where, the first 64 stretches.
+        unchanged_bytes: not written since the view that the grant's `since` names, so neither read nor sent. With
+            `zero_bytes` and `compared_bytes` of the source it is the whole disk.
     """
 
     target: str
@@ -688,6 +690,7 @@ class DiskReport:
     access: str
     differing_bytes: int = 0
     differing: tuple[ByteRange, ...] = ()
+    unchanged_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -701,8 +704,8 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskProgress:
-    """How far one disk is. `done_bytes` of `total_bytes` (source size) are settled: compared, and sent where they
-    differed."""
+    """How far one disk is. `done_bytes` of `total_bytes` (source size, or what was written since the granted view) are
+    settled: compared, and sent where they differed."""
 
     target: str
     total_bytes: int
@@ -838,6 +841,26 @@ class CompareSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedSpan:
+    """A stretch of the disk, whole, of which is told only what was written since the view that the grant's `since`
+    names: the rest, however much, is unchanged. Allowed only where the grant has `since`, and `CompareSpan` is not.
+
+    Payload: `data_count` ranges that hold data, `zero_count` ranges that read as zero, then, where it asks, one digest
+    (16 bytes) for each superblock of the data. `superblock_bytes` 0: it asks nothing and is not answered, and all of
+    its data comes. Otherwise it asks about its data as `CompareSpan` does, and is answered with `SpanAnswer` unless it
+    has none. Both kinds of ranges start at multiples of 64 KiB and end there, or where the span ends.
+    """
+
+    batch: int
+    offset_bytes: int
+    length_bytes: int
+    superblock_bytes: int
+    detail_bytes: int
+    data_count: int
+    zero_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroRanges:
     """Ranges that were compared, differ, and turned out to hold only zeroes. Payload: `count` ranges."""
 
@@ -864,6 +887,7 @@ class EndOfPass:
     data_bytes: int
     zero_bytes: int
     compared_bytes: int
+    unchanged_bytes: int = 0
 
 
 # --- bulk: target to source -----------------------------------------------------------------------------------
@@ -917,6 +941,7 @@ BulkMessage = (
     | BulkWelcome
     | Goodbye
     | CompareSpan
+    | TrackedSpan
     | ZeroRanges
     | BlockData
     | EndOfPass

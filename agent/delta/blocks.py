@@ -50,13 +50,15 @@ class ExtentLike(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """A stretch of the disk, whole: some of it data, the rest known to read as zero.
+    """A stretch of the disk, whole: some of it data, the rest known to read as zero, or unchanged since a former view.
 
     Attributes:
         number: 0, 1, 2 … in the order of offsets.
         offset_bytes, length_bytes: where it lies; spans adjoin and cover the disk.
         data: whole blocks, adjoining ones joined, shape (n, 2), n may be 0.
         data_bytes: how much that is.
+        zeroes: in a pass that is limited to what was written since an earlier view: what of that reads as zero, as
+            `data`; all else is unchanged. None: all that is not data reads as zero.
     """
 
     number: int
@@ -64,11 +66,17 @@ class Span:
     length_bytes: int
     data: Ranges
     data_bytes: int
+    zeroes: Ranges | None = None
 
     @property
     def zero_bytes(self) -> int:
         """How much of it reads as zero."""
-        return self.length_bytes - self.data_bytes
+        return self.length_bytes - self.data_bytes if self.zeroes is None else total_bytes(self.zeroes)
+
+    @property
+    def unchanged_bytes(self) -> int:
+        """How much of it is neither data nor zeroes."""
+        return self.length_bytes - self.data_bytes - self.zero_bytes
 
     @property
     def end_bytes(self) -> int:
@@ -158,7 +166,7 @@ def plan_spans(
     """
     number, begin, filled, most = 0, 0, 0, batch_bytes()
     data: list[tuple[int, int]] = []
-    for start, end, zero in _aligned(_joined(extents, size_bytes), size_bytes):
+    for start, end, zero in aligned_runs(extents, size_bytes):
         while not zero and start < end:
             taken = min(most - filled, end - start)
             data.append((start, taken))
@@ -170,9 +178,26 @@ def plan_spans(
         yield Span(number, begin, size_bytes - begin, to_ranges(data), filled)
 
 
-def _joined(extents: Iterable[ExtentLike], size_bytes: int) -> Iterator[tuple[int, int, bool]]:
-    """Runs (start, end, zero) of alternating kind; checks that they cover the disk."""
-    start, end, kind = 0, 0, False
+def aligned_runs(
+    extents: Iterable[ExtentLike], end_bytes: int, *, start_bytes: int = 0
+) -> Iterator[tuple[int, int, bool]]:
+    """Extents as runs (start, end, reads as zero) of whole blocks. A block that is data in part is data; zeroes may be
+    cut into several runs.
+
+    Args:
+        extents: in order, adjoining, from `start_bytes` to `end_bytes`.
+        end_bytes: a multiple of the block size, or the end of the disk.
+        start_bytes: a multiple of the block size.
+
+    Raises:
+        SyncError: they are not such.
+    """
+    return _aligned(_joined(extents, start_bytes, end_bytes), start_bytes, end_bytes)
+
+
+def _joined(extents: Iterable[ExtentLike], begin: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
+    """Runs (start, end, zero) of alternating kind; checks that they cover the stretch from `begin` to `size_bytes`."""
+    start, end, kind = begin, begin, False
     for extent in extents:
         if extent.offset_bytes != end or extent.length_bytes < 1:
             raise SyncError(
@@ -186,16 +211,18 @@ def _joined(extents: Iterable[ExtentLike], size_bytes: int) -> Iterator[tuple[in
         end += extent.length_bytes
     if end != size_bytes:
         raise SyncError(
-            f"The storage described {end} bytes of a disk of {size_bytes}; its map of the disk cannot be trusted, "
-            "so look at the storage and run the pass again."
+            f"The storage described {end} bytes of a disk where {size_bytes} were due; its map of the disk cannot be "
+            "trusted, so look at the storage and run the pass again."
         )
     if end > start:
         yield start, end, kind
 
 
-def _aligned(runs: Iterable[tuple[int, int, bool]], size_bytes: int) -> Iterator[tuple[int, int, bool]]:
+def _aligned(
+    runs: Iterable[tuple[int, int, bool]], start_bytes: int, size_bytes: int
+) -> Iterator[tuple[int, int, bool]]:
     """Runs of whole blocks: a block that is data in part is data. Data that adjoins is one run."""
-    done, begin = 0, -1  # `begin`: where the data run that is being gathered starts
+    done, begin = start_bytes, -1  # `begin`: where the data run that is being gathered starts
     for start, end, zero in runs:
         if zero:
             first = -(-start // BLOCK_BYTES) * BLOCK_BYTES

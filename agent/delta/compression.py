@@ -108,6 +108,7 @@ class CompressionController:
         self._rung = max(_START, self._floor)
         self._effort = 1.0  # what packing costs here, by what the ladder says of the rung
         self._link_bound_before = False
+        self._link_bound = False
         self._ceiling = len(_LADDER) - 1
         self._ban, self._ban_length, self._next_ban = 0, _FIRST_BAN, _FIRST_BAN
         self._banned_at_bytes_per_s = 0.0
@@ -120,6 +121,11 @@ class CompressionController:
         rung = _LADDER[self._rung]
         return Choice(None if self._rest else rung.level, rung.frame_bytes)
 
+    @property
+    def link_bound(self) -> bool:
+        """Whether the link was what was waited for in the last intervals that told anything."""
+        return self._link_bound
+
     def observe(self, interval: Interval) -> Choice:
         """Take in what was seen under the last choice; the next one.
 
@@ -130,6 +136,7 @@ class CompressionController:
             raise ValueError(f"an interval of {interval.wall_s} s with {interval.packers} packers tells nothing")
         if not interval.plain_bytes:
             return self.choice  # nothing to send, nothing to learn
+        self._see_link(interval)
         if self._rest:
             self._rest_on(interval)
             return self.choice
@@ -141,6 +148,15 @@ class CompressionController:
         self._lift_ban(interval)
         self._step(interval)
         return self.choice
+
+    def _see_link(self, interval: Interval) -> None:
+        """Between the two shares nothing changes."""
+        share = interval.link_limited_s / interval.wall_s
+        receiver = interval.receiver_limited_s / interval.wall_s
+        if share >= _LINK_BOUND and share > receiver:
+            self._link_bound = True
+        elif share < _LINK_FREE:
+            self._link_bound = False
 
     def _rest_on(self, interval: Interval) -> None:
         """Off since the data did not shrink. Whether it does now is asked only while the link is waited for."""

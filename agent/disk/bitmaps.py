@@ -9,19 +9,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbd
-
-from agent.disk.connection import Connection
+from agent.disk.dirty import open_dirty_closed
 from agent.disk.gate import storage_error
 from agent.disk.image_options import image_options
 from agent.disk.qemu_img import run_bounded
-from agent.disk.qemu_nbd import EXPORT, QemuNbd
-from agent.errors import DiskError
 
 _OUTPUT_BYTES = 16 * 1024 * 1024
-_TIMEOUT_S = 60.0
-_STATUS_STEP_BYTES = 1024 * 1024 * 1024
-_DIRTY = 1  # NBD protocol, "qemu:dirty-bitmap" metadata contexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +30,6 @@ class Bitmap:
     name: str
     in_use: bool
     enabled: bool
-
-
-def context_of(bitmap: str) -> str:
-    """The NBD metadata context that a bitmap is exported in by qemu-nbd."""
-    return f"qemu:dirty-bitmap:{bitmap}"
 
 
 def bitmaps_of(image: Path, image_format: str) -> tuple[Bitmap, ...]:
@@ -101,34 +89,8 @@ def dirty_bytes(name: str, image: Path, image_format: str, bitmap: str, socket_d
     Raises:
         DiskError: the bitmap is not there or cannot be read.
     """
-    server = QemuNbd.start(name, image, image_format, socket_dir, bitmap=bitmap)
+    dirty = open_dirty_closed(name, image, image_format, (bitmap,), socket_dir)
     try:
-        connection = Connection(server.socket, EXPORT, _TIMEOUT_S, lambda: False, (context_of(bitmap),))
-        try:
-            return _count(name, image, connection, context_of(bitmap))
-        finally:
-            connection.close()
-    except nbd.Error as error:
-        raise storage_error(name, str(image), "reading its dirty bitmap", error.errnum, error.string) from error
-    except OSError as error:
-        cause = error.strerror or str(error)
-        raise storage_error(name, str(image), "reading its dirty bitmap", error.errno or 0, cause) from error
+        return sum(length for _, length in dirty.ranges(0, dirty.size_bytes))
     finally:
-        server.stop()
-
-
-def _count(name: str, image: Path, connection: Connection, context: str) -> int:
-    if not connection.handle.can_meta_context(context):
-        raise DiskError(
-            f"Disk {name}: qemu-nbd does not tell the dirty bitmap of {image}; look at the image.", disk=name
-        )
-    size_bytes, at, dirty = int(connection.handle.get_size()), 0, 0
-    while at < size_bytes:
-        told = connection.statuses(at, min(_STATUS_STEP_BYTES, size_bytes - at), context)
-        if not told or any(length <= 0 for length, _ in told):
-            raise OSError(0, "the NBD server told nothing about the run")
-        for length, flags in told:
-            length = min(length, size_bytes - at)
-            dirty += length if flags & _DIRTY else 0
-            at += length
-    return dirty
+        dirty.close()

@@ -98,7 +98,7 @@ class QemuNbd:
             cached: serve for reading only, through the page cache, an image that is held all the same: beside the
                 server that writes it (see `agent.disk.beside`).
             idle: it works under idle I/O priority (see `agent.disk.priority`).
-            bitmap: tell this persistent dirty bitmap of the image too, in the metadata context of its name.
+            bitmap: a persistent bitmap of the image to export as well (context ``qemu:dirty-bitmap:NAME``).
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.

@@ -40,6 +40,11 @@ def read_data(disk: Disk, ranges: Ranges, buffer: memoryview) -> Held:
     return held
 
 
+def read_span(disk: Disk, data: Ranges, buffer: memoryview) -> Hashed:
+    """`data` (shape (n, 2)) read to be sent as it is, without digests. Raises `DiskError`."""
+    return Hashed(data[:0], digests_from_wire(b""), read_data(disk, data, buffer))
+
+
 def hash_span(disk: Disk, data: Ranges, buffer: memoryview, *, superblock_bytes: int, seed: int) -> Hashed:
     """The source's side of a comparison: read `data` (shape (n, 2)) and hash it while it is in the processor's caches.
 

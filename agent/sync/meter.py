@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from agent.delta.pack import Packed
-from protocol.messages import DiskProgress, DiskReport
+from protocol.messages import DiskProgress, DiskReport, GrantedDisk
 
 RUNG = "digests"
+TRACKED_RUNG = "bitmap"
 WHY_NOT_HIGHER = "no dirty bitmap and no digest map of this disk is at hand, so both sides are read and hashed"
 
 
@@ -32,6 +33,20 @@ class Meter:
     superblock_bytes: int = 0
     detail_bytes: int = 0
     access: str = ""
+    unchanged_bytes: int = 0
+    work_bytes: int | None = None  # what is to be settled, where it is not the whole disk
+    rung: str = RUNG
+    why_not_higher: str = WHY_NOT_HIGHER
+
+    @classmethod
+    def of(cls, granted: GrantedDisk, why_not: str | None = None) -> Meter:
+        """The books of a granted disk. `why_not`: why this side cannot prove more than its grant says."""
+        meter = cls(granted.target, granted.source_size_bytes)
+        if granted.since is not None:
+            meter.rung, meter.why_not_higher = TRACKED_RUNG, ""
+        elif why_not:
+            meter.why_not_higher = why_not
+        return meter
 
     def add_frame(self, packed: Packed, stored_bytes: int) -> None:
         """A frame of data was sent, stored in `stored_bytes`."""
@@ -44,7 +59,7 @@ class Meter:
         """How far the disk is."""
         return DiskProgress(
             target=self.target,
-            total_bytes=self.size_bytes,
+            total_bytes=self.size_bytes if self.work_bytes is None else self.work_bytes,
             done_bytes=self.settled_bytes,
             zero_bytes=self.zero_bytes,
             changed_bytes=self.changed_bytes,
@@ -63,8 +78,8 @@ class Meter:
             written_bytes=self.written_bytes,
             zeroed_bytes=self.zeroed_bytes,
             verified_bytes=self.verified_bytes,
-            rung=RUNG,
-            why_not_higher=WHY_NOT_HIGHER,
+            rung=self.rung,
+            why_not_higher=self.why_not_higher,
             past_cache=self.past_cache,
             frames=dict(self.frames),
             stored_bytes=self.stored_bytes,
@@ -72,4 +87,5 @@ class Meter:
             superblock_bytes=self.superblock_bytes,
             detail_bytes=self.detail_bytes,
             access=self.access,
+            unchanged_bytes=self.unchanged_bytes,
         )

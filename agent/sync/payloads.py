@@ -14,7 +14,7 @@ from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES, Ranges, owners, split, t
 from agent.delta.compare import Answer, detail_pieces
 from agent.delta.digests import Digests, digests_from_wire, digests_to_wire
 from protocol.errors import PeerViolation
-from protocol.messages import CompareSpan
+from protocol.messages import CompareSpan, TrackedSpan
 
 Buffer = bytes | bytearray | memoryview
 RANGE_BYTES = 16
@@ -75,7 +75,7 @@ def answer_from_wire(payload: Buffer, superblocks: Ranges, *, superblock_bytes: 
 class Question:
     """A span as the target was asked about it: its data, the superblocks of that, and the source's digests of them."""
 
-    message: CompareSpan
+    message: CompareSpan | TrackedSpan
     data: Ranges
     data_bytes: int
     superblocks: Ranges
@@ -88,17 +88,32 @@ def question_from_wire(message: CompareSpan, payload: memoryview, size_bytes: in
     Raises:
         PeerViolation: the span is not part of a disk of `size_bytes`, or is asked about too coarsely.
     """
+    _check_fits(message, size_bytes)
+    data = ranges_from_wire(payload, message.count)
+    return _question(message, data, payload[message.count * RANGE_BYTES :])
+
+
+def tracked_from_wire(message: TrackedSpan, payload: memoryview, size_bytes: int) -> tuple[Question, Ranges]:
+    """A tracked span, and what of it reads as zero; raises as `question_from_wire`. One that asks nothing has neither
+    superblocks nor digests."""
+    _check_fits(message, size_bytes)
+    ranges = ranges_from_wire(payload, message.data_count + message.zero_count)
+    data, zeroes = ranges[: message.data_count], ranges[message.data_count :]
+    return _question(message, data, payload[len(ranges) * RANGE_BYTES :]), zeroes
+
+
+def _question(message: CompareSpan | TrackedSpan, data: Ranges, digests: memoryview) -> Question:
+    superblocks = split(data, message.superblock_bytes) if message.superblock_bytes else data[:0]
+    return Question(message, data, total_bytes(data), superblocks, digests_from_wire(digests))
+
+
+def _check_fits(message: CompareSpan | TrackedSpan, size_bytes: int) -> None:
     end = message.offset_bytes + message.length_bytes
     if end > size_bytes or (end % BLOCK_BYTES and end != size_bytes):
         raise PeerViolation(
             f"a span of {message.length_bytes} bytes at offset {message.offset_bytes} does not fit the disk of "
             f"{size_bytes} bytes"
         )
-    data = ranges_from_wire(payload, message.count)
-    superblocks = split(data, message.superblock_bytes)
-    return Question(
-        message, data, total_bytes(data), superblocks, digests_from_wire(payload[message.count * RANGE_BYTES :])
-    )
 
 
 @dataclass
@@ -153,16 +168,20 @@ class Coverage:
 
 @dataclass
 class Allowed:
-    """Where changed ranges may come on one connection: in superblocks answered as differing, rising, each byte once.
+    """Where changed ranges may come on one connection: in superblocks answered as differing, and in the data of tracked
+    spans that ask nothing, all of which must come; rising, each byte once.
 
     Answers are given out of turn, so what is still to come is kept by span; data comes in the order of the spans.
 
     Attributes:
         size_bytes: of the disk; a range may end off a page only there.
+        owed_bytes: what must come and has not.
     """
 
     size_bytes: int
+    owed_bytes: int = 0
     _spans: list[tuple[int, Ranges]] = field(default_factory=list)
+    _owed: set[int] = field(default_factory=set)  # offsets of the spans of which everything must come
     _cursor_bytes: int = 0
 
     def open(self, offset: int, superblocks: Ranges) -> None:
@@ -170,6 +189,13 @@ class Allowed:
         if len(superblocks):
             at = bisect_right(self._spans, offset, key=lambda span: span[0])
             self._spans.insert(at, (offset, superblocks))
+
+    def owe(self, offset: int, data: Ranges) -> None:
+        """The span at `offset` asks nothing: all of its data comes."""
+        if len(data):
+            self.open(offset, data)
+            self._owed.add(offset)
+            self.owed_bytes += total_bytes(data)
 
     @property
     def open_spans(self) -> int:
@@ -188,6 +214,7 @@ class Allowed:
         ends = starts + lengths
         first = int(starts[0])
         while len(self._spans) > 1 and self._spans[1][0] <= first:
+            self._owed.discard(self._spans[0][0])
             del self._spans[0]
         page, size = np.uint64(PAGE_BYTES), np.uint64(self.size_bytes)
         good = (lengths > 0) & (starts < size) & (lengths <= size) & (starts % page == 0)
@@ -204,6 +231,8 @@ class Allowed:
                 f"(disk of {self.size_bytes} bytes, rising from {self._cursor_bytes})"
             )
         self._cursor_bytes = int(ends[-1])
+        if self._spans[0][0] in self._owed:
+            self.owed_bytes -= total_bytes(ranges)
 
     @staticmethod
     def _inside(superblocks: Ranges, ranges: Ranges) -> np.ndarray:

@@ -8,7 +8,7 @@ two round trips of latency, one for the comparison and one for the proof, howeve
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,25 +17,28 @@ import trio
 
 from agent.delta.blocks import BLOCK_BYTES, Span, plan_spans, total_bytes
 from agent.delta.compare import Held, Portion, portions
-from agent.delta.digests import digests_to_wire
 from agent.delta.granularity import Seen
 from agent.delta.pack import Packed
+from agent.delta.tracked import plan_tracked, whole_blocks
+from agent.disk.dirty import DirtyRanges
 from agent.disk.seam import Disk
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane
-from agent.sync.hashing import hash_span, read_data
+from agent.sync.hashing import hash_span, read_data, read_span
 from agent.sync.meter import Meter
 from agent.sync.payloads import answer_from_wire, ranges_to_wire
 from agent.sync.processor import ProcessorTime
 from agent.sync.rate import Limits
 from agent.sync.tuning import INTERVAL_S, Tuning
-from agent.sync.work import Found, LaneBooks, Work, chosen, timed
+from agent.sync.work import Found, LaneBooks, Work, chosen, packed_whole, timed
 from protocol.errors import PeerViolation
-from protocol.messages import BlockData, Codec, CompareSpan, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
+from protocol.messages import BlockData, Codec, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
 
 PLANNED_AT_ONCE = 4
 """Spans planned in one thread hop: asking for extents is quick, the hop is not."""
+COUNTED_AT_ONCE = 1 << 16
+"""Ranges of what was written that are counted in one thread hop."""
 SKIMMED_BYTES = 128 << 20
 """Data of a span where next to nothing differs: it is read through one buffer, and what differs is read once more."""
 SKIMMED_AT_ONCE = 4
@@ -57,6 +60,8 @@ class SourcePass:
         buffers: the host's for what is sent, a batch each.
         limits: what may be sent and read in a second.
         tuning: chooses granularity and compression while the pass runs.
+        dirty: what was written since the view that the target is granted to equal; None: nothing of that is known, and
+            everything is compared.
     """
 
     disk: Disk
@@ -68,6 +73,7 @@ class SourcePass:
     limits: Limits
     tuning: Tuning
     meter: Meter
+    dirty: DirtyRanges | None = None
     verified: PassVerified | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +101,7 @@ class SourcePass:
     # --- planning -------------------------------------------------------------------------------------------------
 
     async def _plan(self) -> None:
-        plan = plan_spans(self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self._batch_bytes)
+        plan = await self._spans()
         while spans := await self.talk.threads.on_disk(lambda: list(islice(plan, PLANNED_AT_ONCE))):
             for span in spans:
                 await self._begin(span)
@@ -107,13 +113,26 @@ class SourcePass:
                 data_bytes=books.data_bytes,
                 zero_bytes=books.zero_bytes,
                 compared_bytes=books.compared_bytes,
+                unchanged_bytes=books.unchanged_bytes,
             )
             await self.talk.send(lane, end)
+
+    async def _spans(self) -> Iterator[Span]:
+        if self.dirty is None:
+            return plan_spans(self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self._batch_bytes)
+        # Counted beforehand, so that progress has an end; a bitmap is read in no time.
+        counting = whole_blocks(self.dirty.ranges(0, self.size_bytes), self.size_bytes)
+        self.meter.work_bytes = 0
+        while runs := await self.talk.threads.on_disk(lambda: list(islice(counting, COUNTED_AT_ONCE))):
+            self.meter.work_bytes += sum(end - start for start, end in runs)
+        written = self.dirty.ranges(0, self.size_bytes)
+        return plan_tracked(written, self.disk.extents, self.size_bytes, batch_bytes=self._batch_bytes)
 
     def _batch_bytes(self) -> int:
         """Data of the next span: no more than may be asked about at once. Under a limit about what may be read in a
         second, so that a slow pass is not silent for so long that the target gives it up."""
-        most = min(SKIMMED_BYTES if self.tuning.quiet else self.buffers.buffer_bytes, self.ahead_bytes)
+        skims = self.tuning.quiet and self.dirty is None  # of what was written since, much differs
+        most = min(SKIMMED_BYTES if skims else self.buffers.buffer_bytes, self.ahead_bytes)
         limit = self.limits.read.bytes_per_s or most
         return max(BLOCK_BYTES, min(most, limit) // BLOCK_BYTES * BLOCK_BYTES)
 
@@ -122,28 +141,30 @@ class SourcePass:
         lane = self.talk.lanes[span.number % len(self.talk.lanes)]
         books = self._books[lane]
         buffer, skimmed = None, False
+        unasked = self.dirty is not None and not self.tuning.link_is_dear
         if span.data_bytes:
-            await books.ahead.take(span.data_bytes)
+            if not unasked:
+                await books.ahead.take(span.data_bytes)
             await self.limits.read.take(span.data_bytes)
             skimmed = span.data_bytes > self.buffers.buffer_bytes
             if skimmed:
                 await self._skimmed.acquire()
             buffer = await self.buffers.take()
-        books.last = Work(span, lane, self.tuning.granularity, buffer, books.last, skimmed)
+        books.last = Work(span, lane, self.tuning.granularity, buffer, books.last, skimmed, unasked)
         self.talk.spawn(partial(self._carry, books.last))
 
     async def _carry(self, work: Work) -> None:
         try:
             await self._read(work)
             await self._ask(work)
-            if work.hashed is not None:
+            if work.hashed is not None and not work.unasked:
                 await work.answered.wait()
             await self._settle(work)
         finally:
             self._let_go(work)
             if work.skimmed:
                 self._skimmed.release()
-        self.meter.settled_bytes += work.span.length_bytes
+        self.meter.settled_bytes += work.span.length_bytes - work.span.unchanged_bytes
         self.meter.wire_bytes = self.talk.wire_bytes
         work.settled.set()
 
@@ -157,17 +178,20 @@ class SourcePass:
     async def _read(self, work: Work) -> None:
         if work.buffer is None:
             return
-        call = partial(
-            hash_span,
-            self.disk,
-            work.span.data,
-            work.buffer,
-            superblock_bytes=work.granularity.superblock_bytes,
-            seed=self.seed,
-        )
+        call = partial(read_span, self.disk, work.span.data, work.buffer)
+        if not work.unasked:
+            call = partial(
+                hash_span,
+                self.disk,
+                work.span.data,
+                work.buffer,
+                superblock_bytes=work.granularity.superblock_bytes,
+                seed=self.seed,
+            )
         async with self._readers:
             hashed, seconds = await self.talk.threads.on_disk(partial(timed, call))
-        self.tuning.read(work.span.data_bytes, seconds)
+        if not work.unasked:
+            self.tuning.read(work.span.data_bytes, seconds)
         work.hashed = hashed
         if hashed.held is None:
             self._let_go(work)
@@ -175,25 +199,18 @@ class SourcePass:
 
     async def _ask(self, work: Work) -> None:
         span, books = work.span, self._books[work.lane]
-        message = CompareSpan(
-            batch=span.number,
-            offset_bytes=span.offset_bytes,
-            length_bytes=span.length_bytes,
-            superblock_bytes=work.granularity.superblock_bytes,
-            detail_bytes=work.granularity.detail_bytes,
-            count=len(span.data),
-        )
+        message, payload = work.question()
         if work.before is not None:
             await work.before.asked.wait()
-        if work.hashed is None:
-            await self.talk.send(work.lane, message)
-        else:
+        if work.hashed is not None and not work.unasked:
             books.pending[span.number] = work
-            await self.talk.send(work.lane, message, ranges_to_wire(span.data) + digests_to_wire(work.hashed.digests))
+        await self.talk.send(work.lane, message, payload)
         work.asked.set()
         books.zero_bytes += span.zero_bytes
         books.compared_bytes += span.data_bytes
+        books.unchanged_bytes += span.unchanged_bytes
         self.meter.zero_bytes += span.zero_bytes
+        self.meter.unchanged_bytes += span.unchanged_bytes
 
     async def _listen(self, lane: Lane) -> None:
         books = self._books[lane]
@@ -229,7 +246,9 @@ class SourcePass:
         """Send what of the span differs, when it is its turn."""
         differs = work.answer is not None and bool(work.answer.differs.any())
         frames: list[Packed] = []
-        if work.answer is not None and not (differs and work.skimmed):
+        if work.unasked and work.hashed is not None:
+            frames = await self._packed(partial(packed_whole, work.held, self.tuning.packer, self.tuning.compression))
+        elif work.answer is not None and not (differs and work.skimmed):
             found = Found()
             if differs:
                 for portion in self._portions(work):
@@ -273,6 +292,11 @@ class SourcePass:
         choose = partial(chosen, portion, held, self.tuning.packer, self.tuning.compression, self.seed)
         (changed, frames), packing_s = await self.talk.threads.on_compute(partial(timed, choose))
         found.add(portion, changed)
+        self.tuning.packed(frames, packing_s)
+        return frames
+
+    async def _packed(self, pack: Callable[[], list[Packed]]) -> list[Packed]:
+        frames, packing_s = await self.talk.threads.on_compute(partial(timed, pack))
         self.tuning.packed(frames, packing_s)
         return frames
 

@@ -16,7 +16,7 @@ import trio
 
 from agent.delta.blocks import gaps, total_bytes
 from agent.disk.seam import Disk
-from agent.errors import SyncError
+from agent.errors import NoEvidence, SyncError
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane, Wire
 from agent.sync.hashing import answer_span
@@ -28,11 +28,21 @@ from agent.sync.payloads import (
     answer_to_wire,
     question_from_wire,
     ranges_from_wire,
+    tracked_from_wire,
 )
 from agent.sync.rate import Limits
 from agent.sync.writing import Incoming, Writing
 from protocol.errors import PeerViolation, ProtocolError
-from protocol.messages import BlockData, CompareSpan, Credit, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
+from protocol.messages import (
+    BlockData,
+    CompareSpan,
+    Credit,
+    EndOfPass,
+    PassVerified,
+    SpanAnswer,
+    TrackedSpan,
+    ZeroRanges,
+)
 
 MAX_OPEN_SPANS = 1024
 """Answered spans that changed data may still come for: the books of a pass must not grow with the disk."""
@@ -57,6 +67,7 @@ class LaneBooks:
     asked_bytes: int = 0
     data_bytes: int = 0
     spoken_bytes: int = 0
+    unchanged_bytes: int = 0
 
 
 @dataclass
@@ -71,6 +82,8 @@ class TargetPass:
         buffers: the host's for what is received.
         limits: what may be read in a second.
         before_first_write: awaited once before anything is written: marks the original torn.
+        since: the view that the disk equals, as the grant says and the caller has proven: what was not written since
+            then is unchanged, and everything else is told by tracked spans. None: everything is compared.
     """
 
     disk: Disk
@@ -82,6 +95,7 @@ class TargetPass:
     limits: Limits
     before_first_write: Callable[[], Awaitable[None]]
     meter: Meter
+    since: str | None = None
 
     def __post_init__(self) -> None:
         self._readers = trio.Semaphore(self.disk.readers)
@@ -128,6 +142,8 @@ class TargetPass:
             match message:
                 case CompareSpan():
                     await self._take_question(lane, books, message, payload)
+                case TrackedSpan():
+                    await self._take_tracked(lane, books, message, payload)
                 case ZeroRanges():
                     ranges = ranges_from_wire(payload, message.count)
                     books.allowed.accept(ranges)
@@ -141,7 +157,43 @@ class TargetPass:
                     raise PeerViolation(f"a source agent does not say {type(message).__name__} in a pass")
 
     async def _take_question(self, lane: Lane, books: LaneBooks, message: CompareSpan, payload: memoryview) -> None:
+        if self.since is not None:
+            # Were anything written outside what changed since then, a pass that fails would leave a disk that no
+            # record describes.
+            raise PeerViolation(
+                f"a span that may change anything, in a pass limited to what changed since {self.since}"
+            )
         question = question_from_wire(message, payload, self.source_size_bytes)
+        self._claim(books, question)
+        if message.count:
+            self._ask(lane, books, question)
+        zeroes = gaps(question.data, message.offset_bytes, message.length_bytes)
+        if len(zeroes):
+            await self._writing.put(Incoming(lane, zeroes, None, payload[:0]))
+
+    async def _take_tracked(self, lane: Lane, books: LaneBooks, message: TrackedSpan, payload: memoryview) -> None:
+        if self.since is None:
+            raise NoEvidence(
+                f"disk {self.talk.disk_name}: the source tells only what was written since an earlier view, and no "
+                "such view was granted: run a pass that compares",
+                disk=self.talk.disk_name,
+            )
+        question, zeroes = tracked_from_wire(message, payload, self.source_size_bytes)
+        self._claim(books, question)
+        unchanged_bytes = message.length_bytes - question.data_bytes - total_bytes(zeroes)
+        books.unchanged_bytes += unchanged_bytes
+        self.meter.unchanged_bytes += unchanged_bytes
+        if message.superblock_bytes and message.data_count:
+            self._ask(lane, books, question)
+        else:
+            self._check_open(books)
+            books.allowed.owe(message.offset_bytes, question.data)
+        if len(zeroes):
+            await self._writing.put(Incoming(lane, zeroes, None, payload[:0]))
+
+    def _claim(self, books: LaneBooks, question: Question) -> None:
+        """Book a span; refuse one that nobody could answer here."""
+        message = question.message
         if question.data_bytes > MAX_SPAN_BYTES or message.superblock_bytes > self.buffers.buffer_bytes:
             raise PeerViolation(
                 f"a span with {question.data_bytes} bytes of data in superblocks of {message.superblock_bytes} "
@@ -150,12 +202,15 @@ class TargetPass:
             )
         self._coverage.claim(message.offset_bytes, message.length_bytes)
         books.spoken_bytes += message.length_bytes
-        if message.count:
-            books.asked_bytes += question.data_bytes
-            self.talk.spawn(partial(self._answer, lane, books, question))
-        zeroes = gaps(question.data, message.offset_bytes, message.length_bytes)
-        if len(zeroes):
-            await self._writing.put(Incoming(lane, zeroes, None, payload[:0]))
+
+    def _ask(self, lane: Lane, books: LaneBooks, question: Question) -> None:
+        books.asked_bytes += question.data_bytes
+        self.talk.spawn(partial(self._answer, lane, books, question))
+
+    @staticmethod
+    def _check_open(books: LaneBooks) -> None:
+        if books.allowed.open_spans > MAX_OPEN_SPANS:
+            raise PeerViolation(f"{MAX_OPEN_SPANS} spans differ, and nothing was sent for any of them")
 
     async def _take_data(self, lane: Lane, books: LaneBooks, message: BlockData, payload: memoryview) -> None:
         ranges = ranges_from_wire(payload, message.count)
@@ -166,10 +221,17 @@ class TargetPass:
         await self._writing.put(Incoming(lane, ranges, message, payload))
 
     def _end(self, books: LaneBooks, message: EndOfPass) -> None:
-        ours = (books.data_bytes, books.spoken_bytes)
-        theirs = (message.data_bytes, message.zero_bytes + message.compared_bytes)
+        ours = (books.data_bytes, books.unchanged_bytes, books.spoken_bytes)
+        spoken_bytes = message.zero_bytes + message.compared_bytes + message.unchanged_bytes
+        theirs = (message.data_bytes, message.unchanged_bytes, spoken_bytes)
         if ours != theirs:
-            raise PeerViolation(f"the books of source and target differ: {theirs} and {ours} (changed, total bytes)")
+            raise PeerViolation(
+                f"the books of source and target differ: {theirs} and {ours} (changed, unchanged, total bytes)"
+            )
+        if books.allowed.owed_bytes:
+            raise PeerViolation(
+                f"the source ended the pass and owes {books.allowed.owed_bytes} bytes it said would come"
+            )
         if self._lanes_expected not in (None, message.lanes):
             raise PeerViolation(f"the source speaks of {message.lanes} and of {self._lanes_expected} connections")
         self._lanes_expected = message.lanes
@@ -195,8 +257,7 @@ class TargetPass:
                 self.buffers.give(buffer)
         self.meter.compared_bytes += read_bytes
         books.asked_bytes -= question.data_bytes
-        if books.allowed.open_spans > MAX_OPEN_SPANS:
-            raise PeerViolation(f"{MAX_OPEN_SPANS} answered spans differ, and nothing was sent for any of them")
+        self._check_open(books)
         books.allowed.open(question.message.offset_bytes, question.superblocks[told.differs])
         message = SpanAnswer(batch=question.message.batch, read_bytes=read_bytes, details=len(told.details))
         await self.talk.send(lane, message, *answer_to_wire(told))

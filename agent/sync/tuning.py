@@ -103,6 +103,12 @@ class Tuning:
         choice = self._controller.choice
         return replace(choice, frame_bytes=min(choice.frame_bytes, fitting_frame_bytes(self.window_bytes)))
 
+    @property
+    def link_is_dear(self) -> bool:
+        """Whether a byte on the link costs more than comparing it does: it is limited on purpose, or was what was
+        waited for lately. What is known to have been written is then compared before it is sent."""
+        return self.link_is_scarce or self._controller.link_bound
+
     def packed(self, frames: Iterable[Packed], packing_s: float) -> None:
         """Frames were made in so many thread-seconds."""
         self._packing_s += packing_s

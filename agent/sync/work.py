@@ -10,14 +10,17 @@ from typing import TypeVar
 import numpy as np
 import trio
 
-from agent.delta.blocks import BLOCK_BYTES, Ranges, Span, split
+from agent.delta.blocks import BLOCK_BYTES, Ranges, Span, positions, split
 from agent.delta.compare import Answer, Held, Portion
 from agent.delta.compression import Choice
+from agent.delta.digests import digests_to_wire
 from agent.delta.granularity import Granularity
 from agent.delta.pack import Packed, Packer
 from agent.sync.budget import ByteBudget
 from agent.sync.conversation import Lane
 from agent.sync.hashing import Hashed
+from agent.sync.payloads import ranges_to_wire
+from protocol.messages import CompareSpan, TrackedSpan
 
 T = TypeVar("T")
 
@@ -29,6 +32,7 @@ class Work:
     Attributes:
         before: the span before it on its lane: questions and data of a lane keep the order of the disk.
         skimmed: it has more data than a buffer holds.
+        unasked: its data is sent without being compared.
     """
 
     span: Span
@@ -37,6 +41,7 @@ class Work:
     buffer: memoryview | None
     before: Work | None
     skimmed: bool
+    unasked: bool = False
     hashed: Hashed | None = None
     answer: Answer | None = None
     asked: trio.Event = field(default_factory=trio.Event)
@@ -49,6 +54,30 @@ class Work:
         assert self.hashed is not None
         assert self.hashed.held is not None
         return self.hashed.held
+
+    def question(self) -> tuple[CompareSpan | TrackedSpan, bytes]:
+        """What the target is told of the span, and asked about it."""
+        span, digests = self.span, b"" if self.hashed is None else digests_to_wire(self.hashed.digests)
+        if span.zeroes is None:
+            compare = CompareSpan(
+                batch=span.number,
+                offset_bytes=span.offset_bytes,
+                length_bytes=span.length_bytes,
+                superblock_bytes=self.granularity.superblock_bytes,
+                detail_bytes=self.granularity.detail_bytes,
+                count=len(span.data),
+            )
+            return compare, ranges_to_wire(span.data) + digests
+        tracked = TrackedSpan(
+            batch=span.number,
+            offset_bytes=span.offset_bytes,
+            length_bytes=span.length_bytes,
+            superblock_bytes=0 if self.unasked else self.granularity.superblock_bytes,
+            detail_bytes=0 if self.unasked else self.granularity.detail_bytes,
+            data_count=len(span.data),
+            zero_count=len(span.zeroes),
+        )
+        return tracked, ranges_to_wire(span.data) + ranges_to_wire(span.zeroes) + digests
 
 
 @dataclass
@@ -86,12 +115,18 @@ class LaneBooks:
     data_bytes: int = 0
     zero_bytes: int = 0
     compared_bytes: int = 0
+    unchanged_bytes: int = 0
 
 
 def chosen(portion: Portion, held: Held, packer: Packer, choice: Choice, seed: int) -> tuple[Ranges, list[Packed]]:
     """What changed of a portion, and the frames made of it."""
     changed = portion.changed(held, seed=seed)
     return changed, packer.pack(held.buffer, changed, held.starts(changed), choice)
+
+
+def packed_whole(held: Held, packer: Packer, choice: Choice) -> list[Packed]:
+    """The frames made of all that is held."""
+    return packer.pack(held.buffer, held.ranges, positions(held.ranges), choice)
 
 
 def timed(call: Callable[[], T]) -> tuple[T, float]:

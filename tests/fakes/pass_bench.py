@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from agent.sync.target import TargetPass
 from agent.sync.tuning import Tuning
 from agent.threads import Threads
 from protocol.errors import ProtocolError
-from protocol.messages import BlockData, BulkMessage, CompareSpan, ZeroRanges
+from protocol.messages import BlockData, BulkMessage, CompareSpan, TrackedSpan, ZeroRanges
+from tests.fakes.memory_dirty import MemoryDirtyRanges
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 from tests.fakes.wire import FakeWire
 
@@ -112,7 +113,7 @@ class PassRun:
     @property
     def asked(self) -> int:
         """Spans that the target was told of."""
-        return self.sent(CompareSpan)
+        return self.sent(CompareSpan) + self.sent(TrackedSpan)
 
 
 def source_pass(
@@ -159,14 +160,22 @@ async def run_pass(
     batch_bytes: int = 1 << 20,
     granularity: Granularity | None = None,
     lanes: int = 1,
+    written: Iterable[tuple[int, int]] | None = None,
+    link_is_scarce: bool = False,
 ) -> PassRun:
-    """Make `target` equal `source`; failures are returned, not raised."""
+    """Make `target` equal `source`; failures are returned, not raised. `written`: what was, since the view that the
+    target is said to equal: the pass is limited to that. On a scarce link it compares even that."""
     wires = [FakeWire.pair() for _ in range(lanes)]
     return await run_disks(
         MemoryDisk("vda", source, writable=False),
         MemoryDisk("vda", target),
         wires=wires,
-        source_others={"buffers": BufferPool(4, batch_bytes), "tuning": Tuning(granularity)},
+        source_others={
+            "buffers": BufferPool(4, batch_bytes),
+            "tuning": Tuning(granularity, link_is_scarce=link_is_scarce),
+            "dirty": None if written is None else MemoryDirtyRanges(source.size_bytes, written),
+        },
+        target_others={"since": None if written is None else "an earlier view"},
     )
 
 

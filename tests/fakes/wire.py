@@ -19,7 +19,16 @@ from protocol.errors import ConnectionLost, PeerViolation, ProtocolError
 from protocol.framing import frame_prefix
 from protocol.limits import MAX_LANES
 from protocol.link import NO_FACTS, LinkFacts
-from protocol.messages import PROTOCOL_VERSIONS, BlockData, BulkHello, BulkMessage, BulkWelcome, CompareSpan, Credit
+from protocol.messages import (
+    PROTOCOL_VERSIONS,
+    BlockData,
+    BulkHello,
+    BulkMessage,
+    BulkWelcome,
+    CompareSpan,
+    Credit,
+    TrackedSpan,
+)
 
 _PREFIX_BYTES = 8
 
@@ -122,7 +131,7 @@ class FakeWire(_End):
         """Send; data waits for window, questions for room ahead."""
         payload = b"".join(bytes(piece) for piece in pieces)
         with self._shared:
-            if isinstance(message, BlockData | CompareSpan):
+            if isinstance(message, BlockData | CompareSpan | TrackedSpan):
                 self._wait_for(lambda: not self._connection.must_wait(message, payload))
             if self._failure is not None:
                 raise self._failure

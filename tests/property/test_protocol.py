@@ -15,7 +15,8 @@ import msgpack
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from protocol.bulk_connection import BulkConnection, superblock_count
+from protocol.bulk_connection import BulkConnection
+from protocol.bulk_ranges import superblock_count
 from protocol.codec import MESSAGES, Message, decode, encode
 from protocol.connection import Connection, ControlConnection, Speaker
 from protocol.errors import PeerViolation
