@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from typing import Any
 
 import trio
 from hypothesis import given, settings
@@ -57,7 +58,7 @@ def apply(storage: MemoryStorage, todo: Writes, dice: random.Random) -> list[tup
     return [(p * 4096, min(4096, storage.size_bytes - p * 4096)) for p in sorted(pages)]
 
 
-def carry(source: MemoryStorage, target: MemoryStorage, written: list[tuple[int, int]], **others: object) -> PassRun:
+def carry(source: MemoryStorage, target: MemoryStorage, written: list[tuple[int, int]], **others: Any) -> PassRun:
     return trio.run(functools.partial(run_pass, source, target, written=written, batch_bytes=4 * B, **others))
 
 
