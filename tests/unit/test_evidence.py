@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from agent.disk.dirty import DirtyRanges
 from agent.equals import EqualsBook
 from agent.errors import NoEvidence
 from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
+from agent.passrun import _check_written
+from agent.sources import OpenedView
 from protocol.messages import AskEvidence, Evidence, GrantedDisk, LiftFence, PowerOn
+from tests.fakes.memory_dirty import MemoryDirtyRanges
 from tests.unit.agent_house import SIZE_BYTES, AgentHouse, open_house, order
 
 VIEW = "r1-1"
@@ -198,3 +202,23 @@ async def test_lifting_the_fence_forgets_and_powering_on_does(house: House) -> N
     house.agent.service.fences.lift(house.uuid, pair="web", restore_autostart=False)
     await house.agent.ask(PowerOn(order=order(), vm_uuid=house.uuid))
     assert house.desk.book.of(house.uuid, "vda") is None
+
+
+async def test_a_granted_view_is_proven_again_by_the_target_when_its_pass_begins(house: House) -> None:
+    house.passed()
+    await house.agent.allow(view="r1-2", since="r1-9")
+    with pytest.raises(NoEvidence, match="granted as equal to the view r1-9"):
+        await house.agent.ask(house.agent.run_pass())
+    assert house.equals() == VIEW  # nothing was written
+
+
+def test_a_view_that_does_not_tell_what_was_written_is_no_source_of_a_tracked_pass() -> None:
+    def view(since: dict[str, str], written: dict[str, DirtyRanges]) -> OpenedView:
+        return OpenedView("web", "r1-2", live=True, since=since, dirty=written)
+
+    whole, short = MemoryDirtyRanges(SIZE_BYTES, []), MemoryDirtyRanges(SIZE_BYTES - 512, [])
+    _check_written(view({"vda": VIEW}, {"vda": whole}), [granted(VIEW)])
+    _check_written(view({}, {}), [granted(None)])
+    for wrong in (view({}, {}), view({"vda": "r1-0"}, {"vda": whole}), view({"vda": VIEW}, {"vda": short})):
+        with pytest.raises(NoEvidence, match="does not tell what was written"):
+            _check_written(wrong, [granted(VIEW)])
