@@ -77,9 +77,15 @@ class AgentHouse:
         """Fence the VM."""
         return await self.ask(FenceVm(order=order(epoch), vm_uuid=self.vm.uuid, side=side, targets=("vda",)))
 
-    async def allow(self, *, epoch: int = 1, view: str = "r1-1") -> None:
+    async def allow(self, *, epoch: int = 1, view: str = "r1-1", since: str | None = None) -> None:
         """Grant a pass that receives."""
-        disk = GrantedDisk(target="vda", peer_target="vda", source_size_bytes=SIZE_BYTES, target_size_bytes=SIZE_BYTES)
+        disk = GrantedDisk(
+            target="vda",
+            peer_target="vda",
+            source_size_bytes=SIZE_BYTES,
+            target_size_bytes=SIZE_BYTES,
+            since=since,
+        )
         grant = Grant(
             grant=GRANT,
             vm_uuid=self.vm.uuid,

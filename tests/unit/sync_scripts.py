@@ -88,7 +88,14 @@ async def _against(
     return ending
 
 
-async def target_against(target: MemoryStorage, *scripts: Script, source_size: int = SIZE) -> Ending:
+async def tracked_target_against(target: MemoryStorage, *scripts: Script, since: str | None = "r1-1") -> Ending:
+    """`target_against` in a pass that is limited to what was written since that view."""
+    return await target_against(target, *scripts, since=since)
+
+
+async def target_against(
+    target: MemoryStorage, *scripts: Script, source_size: int = SIZE, since: str | None = None
+) -> Ending:
     """A target's pass against sources made up, one for each connection; its buffers must all come back, and a real pass
     complete afterwards."""
     pool = BufferPool(2, 1 << 20)
@@ -98,7 +105,8 @@ async def target_against(target: MemoryStorage, *scripts: Script, source_size: i
 
     async def run(wires: list[FakeWire]) -> None:
         disk = MemoryDisk("vda", target)
-        await target_pass(disk, source_size, wires, Threads(), Meter("vda", source_size), mark, buffers=pool).run()
+        meter = Meter("vda", source_size)
+        await target_pass(disk, source_size, wires, Threads(), meter, mark, buffers=pool, since=since).run()
 
     ending = await _against(scripts, Speaker.LISTENER, run)
     assert pool.idle
