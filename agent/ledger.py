@@ -109,6 +109,33 @@ class ViewRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OverlayRecord:
+    """A live overlay of ours that is over a disk, or about to be put there or merged.
+
+    Attributes:
+        view: the view from which on it holds what the guest wrote.
+        overlay: the file; names the record together with the VM.
+        base, base_format: the disk's own image, under every overlay of ours.
+        definition: the disk in the VM's definition of before, as XML.
+        answered: the view was opened with it, so that a target may have been made equal to that view.
+        base_stamp: the base as it was last left by us; empty where that is not known.
+        merging_into: the image it is being merged into, or None.
+    """
+
+    vm_uuid: str
+    pair: str
+    target: str
+    view: str
+    overlay: Path
+    base: Path
+    base_format: str
+    definition: str
+    answered: bool = False
+    base_stamp: str = ""
+    merging_into: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
     """The highest fencing epoch seen for a pair."""
 
@@ -126,6 +153,7 @@ class Contents:
     conditions: tuple[ConditionRecord, ...] = ()
     protections: tuple[ProtectionRecord, ...] = ()
     views: tuple[ViewRecord, ...] = ()
+    overlays: tuple[OverlayRecord, ...] = ()
 
 
 @dataclass
@@ -286,6 +314,18 @@ class Ledger:
     def drop_view(self, record: ViewRecord) -> None:
         """Forget a view that is closed."""
         self._change(lambda old: replace(old, views=tuple(v for v in old.views if v != record)))
+
+    def put_overlays(self, *records: OverlayRecord) -> None:
+        """Add these records of live overlays, or replace those of the same files; one write."""
+        files = {record.overlay for record in records}
+        self._change(
+            lambda old: replace(old, overlays=(*(o for o in old.overlays if o.overlay not in files), *records))
+        )
+
+    def drop_overlays(self, *records: OverlayRecord) -> None:
+        """Forget these overlays; one write."""
+        files = {record.overlay for record in records}
+        self._change(lambda old: replace(old, overlays=tuple(o for o in old.overlays if o.overlay not in files)))
 
     def close(self) -> None:
         """Let go of the folder."""

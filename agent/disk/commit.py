@@ -82,8 +82,8 @@ def _run(name: str, command: list[str], timeout_s: float) -> None:
             except subprocess.TimeoutExpired as error:
                 process.kill()
                 raise DiskError(
-                    f"Disk {name}: `{' '.join(command[:2])}` did not end within {timeout_s:.0f} s and was stopped, nothing "
-                    "is lost: look at its storage, then try again.",
+                    f"Disk {name}: `{' '.join(command[:2])}` did not end within {timeout_s:.0f} s and was stopped, "
+                    "nothing is lost: look at its storage, then try again.",
                     disk=name,
                 ) from error
         if status != 0:

@@ -240,8 +240,8 @@ class Hypervisor(Protocol):
     def merge_overlays(
         self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay, *, timeout_s: float
     ) -> None:
-        """Put what adjoining overlays of ours (`paths`, top first) hold into the image below them, durably, and take them out
-        of the running domain's disk; the guest sees the same bytes before, meanwhile and after.
+        """Put what adjoining overlays of ours (`paths`, top first) hold into the image below them, durably, and take
+        them out of the running domain's disk; the guest sees the same bytes before, meanwhile and after.
 
         It is a block job, which is taken up again when it runs already. The files stay: they are the caller's to
         remove. Harmless when the disk does not read through them any more.
