@@ -46,6 +46,19 @@ class LibvirtConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScratchConfig:
+    """When a view of a running VM is given up for want of room for its scratch files (see `agent.scratch`).
+
+    Attributes:
+        used_percent: so much of what was free when it was opened is used.
+        reserve_mib: less than this is free, in MiB.
+    """
+
+    used_percent: int = 85
+    reserve_mib: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of `failback-agent`.
 
@@ -65,6 +78,7 @@ class Config:
     state_dir: Path = Path("/var/lib/failback/agent")
     runtime_dir: Path = Path("/run/failback-agent")
     libvirt: LibvirtConfig = field(default_factory=LibvirtConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
 
 
 def _converter() -> cattrs.Converter:
@@ -138,6 +152,11 @@ def _check(path: Path, config: Config) -> None:
             raise ConfigError(f'the configuration file {path} is wrong: "{key}" must be from 1 to 65535, not {port}')
     if config.control_port == config.bulk_port:
         raise ConfigError(f"the configuration file {path} is wrong: control_port and bulk_port must differ")
+    if not 1 <= config.scratch.used_percent <= 99 or config.scratch.reserve_mib < 1:
+        raise ConfigError(
+            f'the configuration file {path} is wrong: "scratch.used_percent" must be from 1 to 99 and '
+            '"scratch.reserve_mib" at least 1'
+        )
     for key, file in (("ca", config.tls.ca), ("certificate", config.tls.certificate), ("key", config.tls.key)):
         if not os.access(file, os.R_OK):
             raise ConfigError(

@@ -174,7 +174,7 @@ async def _keep_promises(service: AgentService, told: frozenset[str]) -> None:
     is taken, and what a killed agent left open is closed, as soon as it can be."""
 
     def keep() -> tuple[AgentError, ...]:
-        return (*service.fences.mend(), *service.views.close_orphans())
+        return (*service.fences.mend(), *service.views.close_orphans(), *service.views.thaw_owed())
 
     while True:
         told = await _mend(service, keep, told)

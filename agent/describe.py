@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.ledger import ConditionRecord, DiskCondition, FenceRecord
+from agent.sources import OpenedView
 from agent.virt.seam import Domain, DomainDisk, Image, PowerState
 from protocol.messages import (
     Condition,
@@ -12,6 +13,7 @@ from protocol.messages import (
     Power,
     Side,
     SnapshotDescription,
+    ViewedDisk,
     VmDescription,
 )
 
@@ -33,6 +35,8 @@ def _image(image: Image) -> ImageDescription:
         corrupt=image.corrupt,
         encrypted=image.encrypted,
         external_data=image.external_data,
+        modified_s=image.modified_s,
+        allocated_bytes=image.allocated_bytes,
     )
 
 
@@ -68,6 +72,20 @@ def fence(
         unlocked=unlocked,
         condition=Condition(flag.condition.value) if side is Side.ORIGINAL else None,
         view=flag.view if side is Side.ORIGINAL else None,
+    )
+
+
+def viewed(opened: OpenedView) -> tuple[ViewedDisk, ...]:
+    """The disks of an open view on the wire."""
+    return tuple(
+        ViewedDisk(
+            target=target,
+            size_bytes=size_bytes,
+            tracked=target in opened.tracked,
+            since=opened.since.get(target),
+            why_not="; ".join(opened.why_not.get(target, ())),
+        )
+        for target, size_bytes in opened.sizes.items()
     )
 
 

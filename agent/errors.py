@@ -73,6 +73,12 @@ class ShutdownTimeout(HypervisorError):
     code = "shutdown-timeout"
 
 
+class GuestAgentMissing(HypervisorError):
+    """No guest agent listens in the guest."""
+
+    code = "guest-agent-missing"
+
+
 class SyncError(AgentError):
     """A pass could not be completed; it may be run again."""
 

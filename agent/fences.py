@@ -235,6 +235,10 @@ class FenceKeeper:
         for path in tuple(self._held):
             self._held.pop(path).close()
 
+    def turn(self, vm_uuid: str) -> threading.RLock:
+        """Whoever holds this is alone with the fence of that VM: nobody fences or lifts meanwhile."""
+        return self._turn(vm_uuid)
+
     def _turn(self, vm_uuid: str) -> threading.RLock:
         return self._turns.setdefault(vm_uuid, threading.RLock())
 

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from typing import TypeVar
 import cattrs
 
 from agent.errors import AgentError
+from agent.overlay_record import OverlayRecord
 
 VERSION = 1
 
@@ -109,30 +110,28 @@ class ViewRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OverlayRecord:
-    """A live overlay of ours that is over a disk, or about to be put there or merged.
-
-    Attributes:
-        view: the view from which on it holds what the guest wrote.
-        overlay: the file; names the record together with the VM.
-        base, base_format: the disk's own image, under every overlay of ours.
-        definition: the disk in the VM's definition of before, as XML.
-        answered: the view was opened with it, so that a target may have been made equal to that view.
-        base_stamp: the base as it was last left by us; empty where that is not known.
-        merging_into: the image it is being merged into, or None.
-    """
+class ThawRecord:
+    """A VM whose guest's file systems we have had frozen, or are about to: it is owed a thaw."""
 
     vm_uuid: str
-    pair: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedImage:
+    """The image that a disk had when a view of it was frozen; its identity ends with the host's uptime."""
+
     target: str
+    path: Path
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingRecord:
+    """A view from which on the writes to these disks of a VM are recorded."""
+
+    vm_uuid: str
     view: str
-    overlay: Path
-    base: Path
-    base_format: str
-    definition: str
-    answered: bool = False
-    base_stamp: str = ""
-    merging_into: Path | None = None
+    images: tuple[TrackedImage, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +153,8 @@ class Contents:
     protections: tuple[ProtectionRecord, ...] = ()
     views: tuple[ViewRecord, ...] = ()
     overlays: tuple[OverlayRecord, ...] = ()
+    thaws: tuple[ThawRecord, ...] = ()
+    trackings: tuple[TrackingRecord, ...] = ()
 
 
 @dataclass
@@ -315,17 +316,50 @@ class Ledger:
         """Forget a view that is closed."""
         self._change(lambda old: replace(old, views=tuple(v for v in old.views if v != record)))
 
+    # --- what views record --------------------------------------------------------------------------------------------
+
+    def put_thaw(self, vm_uuid: str) -> None:
+        """Remember that the guest of that VM is owed a thaw."""
+        record = ThawRecord(vm_uuid=vm_uuid)
+        self._change(lambda old: replace(old, thaws=(*(t for t in old.thaws if t != record), record)))
+
+    def drop_thaw(self, vm_uuid: str) -> None:
+        """It has been thawed."""
+        self._change(lambda old: replace(old, thaws=tuple(t for t in old.thaws if t.vm_uuid != vm_uuid)))
+
+    def tracked_image(self, vm_uuid: str, view: str, target: str) -> TrackedImage | None:
+        """The image of that disk from that view on; None where nothing was recorded of it."""
+        record = self.tracking(vm_uuid, view)
+        return None if record is None else next((i for i in record.images if i.target == target), None)
+
+    def tracking(self, vm_uuid: str, view: str) -> TrackingRecord | None:
+        """What that view records."""
+        return next((r for r in self._contents.trackings if (r.vm_uuid, r.view) == (vm_uuid, view)), None)
+
+    def put_tracking(self, record: TrackingRecord) -> None:
+        """Remember what a view records."""
+        key = (record.vm_uuid, record.view)
+        self._change(
+            lambda old: replace(old, trackings=(*(r for r in old.trackings if (r.vm_uuid, r.view) != key), record))
+        )
+
+    def drop_trackings(self, vm_uuid: str, keep: Sequence[str]) -> None:
+        """Forget what the views of that VM record, but for those in `keep`."""
+        self._change(
+            lambda old: replace(
+                old, trackings=tuple(r for r in old.trackings if r.vm_uuid != vm_uuid or r.view in keep)
+            )
+        )
+
     def put_overlays(self, *records: OverlayRecord) -> None:
         """Add these records of live overlays, or replace those of the same files; one write."""
         files = {record.overlay for record in records}
-        self._change(
-            lambda old: replace(old, overlays=(*(o for o in old.overlays if o.overlay not in files), *records))
-        )
+        self._change(lambda old: replace(old, overlays=(*_not_of(old.overlays, files), *records)))
 
     def drop_overlays(self, *records: OverlayRecord) -> None:
         """Forget these overlays; one write."""
         files = {record.overlay for record in records}
-        self._change(lambda old: replace(old, overlays=tuple(o for o in old.overlays if o.overlay not in files)))
+        self._change(lambda old: replace(old, overlays=_not_of(old.overlays, files)))
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -345,6 +379,10 @@ def _without(records: tuple[R, ...], vm_uuid: str) -> tuple[R, ...]:
 
 def _others(records: tuple[ProtectionRecord, ...], vm_uuid: str, snapshot: str) -> tuple[ProtectionRecord, ...]:
     return tuple(r for r in records if (r.vm_uuid, r.snapshot) != (vm_uuid, snapshot))
+
+
+def _not_of(records: tuple[OverlayRecord, ...], files: set[Path]) -> tuple[OverlayRecord, ...]:
+    return tuple(record for record in records if record.overlay not in files)
 
 
 def _converter() -> cattrs.Converter:

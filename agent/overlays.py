@@ -21,7 +21,8 @@ from agent.disk.commit import commit_overlays, stand_on
 from agent.disk.lock import hold_frozen
 from agent.errors import AgentError, DiskError, HypervisorError
 from agent.fences import FenceKeeper
-from agent.ledger import Ledger, OverlayRecord
+from agent.ledger import Ledger
+from agent.overlay_record import OverlayRecord
 from agent.virt.seam import Domain, Hypervisor, Image, PowerState, TrackOverlay
 
 log = structlog.get_logger("failback.agent")
@@ -84,6 +85,10 @@ class OverlayTracking:
     def _records(self, vm_uuid: str, target: str | None = None) -> list[OverlayRecord]:
         records = self._ledger.contents.overlays
         return [r for r in records if r.vm_uuid == vm_uuid and target in (None, r.target)]
+
+    def has(self, vm_uuid: str, target: str) -> bool:
+        """Whether that disk has overlays of ours."""
+        return bool(self._records(vm_uuid, target))
 
     def takes(self, domain: Domain, target: str) -> bool:
         """Whether that disk is one for overlays: a raw image that the guest alone may write, under overlays of ours or

@@ -66,6 +66,9 @@ class PassRunner:
         try:
             return await self.passes.send(session, disks, self._connector(request, session), progress)
         except DiskError as error:
+            given_up = self.views.given_up(grant.vm_uuid, grant.view)
+            if given_up is not None:
+                raise given_up from error
             # A view dies with its VM, and then the storage is not to blame.
             if await self.threads.on_libvirt(lambda: self.views.has_died(grant.vm_uuid, grant.view)):
                 raise ViewLost(

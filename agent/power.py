@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import structlog
 import trio
 
 from agent.errors import HypervisorError, HypervisorUnreachable, ShutdownTimeout
@@ -11,6 +12,9 @@ from agent.threads import Threads
 from agent.virt.seam import Hypervisor, PowerState
 from protocol.messages import OnTimeout, PoweredOff
 
+log = structlog.get_logger("failback.agent")
+
+KILL_AFTER_S = 60.0
 ASK_AGAIN_S = 5.0
 """A guest that is still booting drops the request; asking again costs nothing (libvirt's own tools do the same)."""
 WAIT_SLICE_S = 1.0
@@ -25,9 +29,18 @@ def is_off(state: PowerState) -> bool:
 
 
 async def power_off(
-    hypervisor: Hypervisor, threads: Threads, uuid: str, *, timeout_s: float, on_timeout: OnTimeout
+    hypervisor: Hypervisor,
+    threads: Threads,
+    uuid: str,
+    *,
+    timeout_s: float,
+    on_timeout: OnTimeout,
+    kill_after_s: float = KILL_AFTER_S,
 ) -> PoweredOff:
     """Power the VM off; no-op when it is off.
+
+    With `on_timeout` FORCE, QEMU is asked to end after `timeout_s`, so that it saves its dirty bitmaps, and killed
+    when it has not done so `kill_after_s` later.
 
     Raises:
         ShutdownTimeout: it still runs after `timeout_s` and `on_timeout` is ABORT.
@@ -52,8 +65,29 @@ async def power_off(
             "shut it down from inside, or choose a longer time or to force it",
             vm=uuid,
         )
-    await threads.on_libvirt(lambda: hypervisor.force_off(uuid, graceful=True))
-    return PoweredOff(was_running=True, forced=True, elapsed_s=trio.current_time() - started)
+    killed = not await _end_gracefully(hypervisor, threads, uuid, kill_after_s)
+    if killed:
+        await threads.on_libvirt(lambda: hypervisor.force_off(uuid, graceful=False))
+    return PoweredOff(was_running=True, forced=True, elapsed_s=trio.current_time() - started, killed=killed)
+
+
+async def _end_gracefully(hypervisor: Hypervisor, threads: Threads, uuid: str, kill_after_s: float) -> bool:
+    """End QEMU without killing it, so that it saves what it holds; False when it still runs `kill_after_s` later."""
+    deadline = trio.current_time() + kill_after_s
+    while True:
+        try:
+            await threads.on_libvirt(lambda: hypervisor.force_off(uuid, graceful=True))
+            return True
+        except HypervisorUnreachable:
+            raise
+        except HypervisorError as error:
+            left = deadline - trio.current_time()
+            log.warning("QEMU does not end when asked to", vm=uuid, reason=error.sentence, kill_in_s=max(0.0, left))
+        # It may still be flushing: libvirt waits 10 s for it, we as long as we were told.
+        if await threads.on_libvirt(partial(hypervisor.wait_off, uuid, min(max(left, 0.0), WAIT_SLICE_S))):
+            return True
+        if left <= 0:
+            return False
 
 
 async def _shut_down(hypervisor: Hypervisor, threads: Threads, uuid: str, deadline: float) -> bool:

@@ -25,8 +25,10 @@ from agent.fences import Fenced, FenceKeeper, Torn
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
+from agent.scratch import ScratchLimits
 from agent.sources import ViewDesk
 from agent.threads import Threads
+from agent.tracking_desk import TrackingDesk
 from agent.virt.seam import Domain, Hypervisor, Overlay, PowerState
 from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
@@ -37,6 +39,8 @@ from protocol.messages import (
     CloseView,
     DescribeHost,
     Done,
+    DropCheckpoints,
+    EndTracking,
     Failure,
     FenceDescription,
     FenceVm,
@@ -54,6 +58,7 @@ from protocol.messages import (
     Protect,
     Protected,
     ProtectedDisk,
+    ReadTracking,
     Reply,
     Request,
     RunPass,
@@ -61,8 +66,9 @@ from protocol.messages import (
     SetCondition,
     SetLimits,
     Side,
+    Tracking,
+    TrackingRead,
     Unprotect,
-    ViewedDisk,
     ViewOpened,
     VmDescription,
 )
@@ -74,7 +80,7 @@ SOFTWARE = f"failback {version('failback')}"
 TOOLS = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils"}
 """Programs the agent runs, and the Debian package of each."""
 
-ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, Protect, Unprotect)
+ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, EndTracking, Protect, Unprotect)
 """Orders that take away what a pass works on, or let a VM loose on it: nothing of it may still run by then."""
 
 
@@ -92,7 +98,10 @@ class AgentService:
     def __post_init__(self) -> None:
         self.fences = FenceKeeper(self.ledger, self.hypervisor)
         self.passes = PassDesk(self.threads)
-        self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir)
+        scratch = self.config.scratch
+        limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
+        self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
+        self.tracking = TrackingDesk(self.hypervisor, self.fences, self.views, self.config.runtime_dir)
         self.runner = PassRunner(
             self.passes, self.views, self.fences, self.threads, self.client_context, self.config.runtime_dir
         )
@@ -149,6 +158,15 @@ class AgentService:
                 return await self._open_view(request)
             case CloseView():
                 await self._blocking(lambda: self.views.close(request.vm_uuid, request.view))
+                return Done()
+            case DropCheckpoints():
+                await self._blocking(lambda: self.tracking.drop(request.vm_uuid, request.keep))
+                return Done()
+            case ReadTracking():
+                pair, uuid, since = request.order.pair, request.vm_uuid, request.since
+                return TrackingRead(disks=await self.threads.on_disk(lambda: self.tracking.read(pair, uuid, since)))
+            case EndTracking():
+                await self._blocking(lambda: self.tracking.end(request.vm_uuid))
                 return Done()
             case Protect():
                 return await self._protect(request)
@@ -238,7 +256,12 @@ class AgentService:
 
     async def _power_off(self, request: PowerOff) -> PoweredOff:
         return await power.power_off(
-            self.hypervisor, self.threads, request.vm_uuid, timeout_s=request.timeout_s, on_timeout=request.on_timeout
+            self.hypervisor,
+            self.threads,
+            request.vm_uuid,
+            timeout_s=request.timeout_s,
+            on_timeout=request.on_timeout,
+            kill_after_s=request.kill_after_s,
         )
 
     async def _power_on(self, request: PowerOn) -> Done:
@@ -304,10 +327,18 @@ class AgentService:
     async def _open_view(self, request: OpenView) -> ViewOpened:
         pair = request.order.pair
         opened = await self.threads.on_libvirt(
-            lambda: self.views.open(pair, request.vm_uuid, request.targets, request.view)
+            lambda: self.views.open(
+                pair,
+                request.vm_uuid,
+                request.targets,
+                request.view,
+                track=request.track is not Tracking.NONE,
+                overlay=request.track is Tracking.OVERLAY,
+                since={earlier.target: earlier.view for earlier in request.since},
+                freeze_guest=request.freeze_guest,
+            )
         )
-        sizes = tuple(ViewedDisk(target=target, size_bytes=size) for target, size in opened.sizes.items())
-        return ViewOpened(view=request.view, live=opened.live, disks=sizes)
+        return ViewOpened(view=request.view, live=opened.live, disks=describe.viewed(opened))
 
     async def _protect(self, request: Protect) -> Protected:
         uuid, snapshot = request.vm_uuid, request.snapshot

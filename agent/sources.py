@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
+import structlog
+
+from agent.disk.lock import HeldImage, hold_frozen
 from agent.disk.open import open_source, open_view
 from agent.disk.seam import Disk
-from agent.errors import AgentError, DiskError, HypervisorError, NoSuchDomain, SyncError
+from agent.errors import (
+    AgentError,
+    DiskError,
+    GuestAgentMissing,
+    HypervisorError,
+    HypervisorUnreachable,
+    NoSuchDomain,
+    SyncError,
+)
 from agent.fences import FenceKeeper
-from agent.ledger import LockKind, ViewRecord
-from agent.virt.seam import Hypervisor, PowerState
+from agent.ledger import LockKind, TrackedImage, TrackingRecord, ViewRecord
+from agent.overlays import FrozenDisk, OverlayTracking
+from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
+from agent.tags import tag_of
+from agent.tracking import ClosedRecord, LiveRecord, OverlayedRecord, closed_record, earlier_views
+from agent.virt.seam import Hypervisor, PowerState, View
+
+log = structlog.get_logger("failback.agent")
 
 NOTICES_DEATH_WITHIN_S = 2.0
 """How long libvirt may take to notice that a QEMU whose view broke off has died."""
 
 
-def tag_of(view: str) -> str:
-    """The tag that files and sockets of a view carry: short, safe in a path whatever the view is called, and the same
-    after a restart of the agent."""
-    return f"failback-{hashlib.sha256(view.encode()).hexdigest()[:12]}"
-
-
 @dataclass
 class OpenedView:
-    """One open view: its disks by target name stay open until it is closed."""
+    """One open view: its disks by target name stay open until it is closed.
+
+    Attributes:
+        tracked: targets whose writes are recorded from this view on.
+        since: by target, the earlier view since which it is told what was written, and `records`, where that is told.
+        why_not: by target, reasons why it is not tracked, or does not know.
+    """
 
     pair: str
     view: str
     live: bool
     disks: dict[str, Disk] = field(default_factory=dict)
+    tracked: set[str] = field(default_factory=set)
+    since: dict[str, str] = field(default_factory=dict)
+    records: dict[str, LiveRecord | ClosedRecord | OverlayedRecord] = field(default_factory=dict)
+    why_not: dict[str, list[str]] = field(default_factory=dict)
+    locks: list[HeldImage] = field(default_factory=list)
+
+    def tell(self, target: str, reason: str) -> None:
+        """Add a reason to `why_not`."""
+        self.why_not.setdefault(target, []).append(reason)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -45,6 +71,17 @@ class OpenedView:
             with contextlib.suppress(DiskError):
                 disk.close()
         self.disks.clear()
+        for lock in self.locks:
+            lock.close()
+        self.locks.clear()
+
+    def know(self, disk: FrozenDisk, asked: bool) -> None:
+        """What overlays know of a disk; `asked`: an earlier view was asked for."""
+        if disk.since is not None:
+            self.since[disk.target] = disk.since
+            self.records[disk.target] = OverlayedRecord(disk.image, disk.layers)
+        elif asked:
+            self.tell(disk.target, disk.why_not)
 
 
 @dataclass
@@ -54,10 +91,18 @@ class ViewDesk:
     hypervisor: Hypervisor
     fences: FenceKeeper
     runtime_dir: Path
+    limits: ScratchLimits = field(default_factory=ScratchLimits)
     _open: dict[str, OpenedView] = field(default_factory=dict)
+    _freezing: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._ledger = self.fences.ledger
+        self.scratch = ScratchWatch(
+            self.limits,
+            lambda vm_uuid, view: self.hypervisor.close_view(vm_uuid, tag_of(view)),
+            self.hypervisor.has_stalled,
+        )
+        self.overlays = OverlayTracking(self.hypervisor, self.fences)
         self._orphans = list(self._ledger.contents.views)
 
     def close_orphans(self) -> tuple[AgentError, ...]:
@@ -70,6 +115,24 @@ class ViewDesk:
             except AgentError as error:
                 failed.append(error)
         return tuple(failed)
+
+    def thaw_owed(self) -> tuple[AgentError, ...]:
+        """Thaw the guests that are owed it since an agent was killed, or since their own agent did not answer; returns
+        what went wrong; asked again, it tries again."""
+        failed: list[AgentError] = []
+        for owed in self._ledger.contents.thaws:
+            if owed.vm_uuid in self._freezing:
+                continue
+            try:
+                self._thaw(owed.vm_uuid)
+            except AgentError as error:
+                failed.append(error)
+        return tuple(failed)
+
+    def _thaw(self, vm_uuid: str) -> None:
+        with contextlib.suppress(NoSuchDomain):  # deleted, and its guest is gone
+            self.hypervisor.thaw_guest(vm_uuid)
+        self._ledger.drop_thaw(vm_uuid)
 
     def is_open(self, vm_uuid: str) -> bool:
         """Whether a live view of that VM is open here, so that its backup job is ours."""
@@ -85,7 +148,14 @@ class ViewDesk:
         opened = self._open.get(vm_uuid)
         if opened is None or opened.view != view:
             raise SyncError(f"the view {view} is not open on this host: open it again")
+        given_up = self.scratch.reason(vm_uuid, view)
+        if given_up is not None:
+            raise given_up
         return opened.disks
+
+    def given_up(self, vm_uuid: str, view: str) -> ScratchFull | None:
+        """Why that view, which is open, was given up; None when it was not."""
+        return self.scratch.reason(vm_uuid, view)
 
     def has_died(self, vm_uuid: str, view: str) -> bool:
         """Whether that view was served by a running VM that is off by now, or about to be."""
@@ -97,9 +167,29 @@ class ViewDesk:
         except HypervisorError:
             return False
 
-    def open(self, pair: str, vm_uuid: str, targets: Sequence[str], view: str) -> OpenedView:
+    def open(
+        self,
+        pair: str,
+        vm_uuid: str,
+        targets: Sequence[str],
+        view: str,
+        *,
+        track: bool = False,
+        overlay: bool = False,
+        since: Mapping[str, str] = MappingProxyType({}),
+        freeze_guest: bool = False,
+    ) -> OpenedView:
         """Freeze a view: a backup job of a running VM, the fenced images of one that is off. An older view of the pair
         is closed first.
+
+        Args:
+            pair, vm_uuid, targets, view: of which disks of which VM, for which pair, under which name.
+            track: record what the guest writes from this view on, where that can be done.
+            overlay: and do it by live overlays for disks whose format has no dirty bitmaps. Their instant comes some
+                ten milliseconds before that of the other disks: disks agree with one another in the last view, which is
+                of the shut-off VM.
+            since: by target, the earlier view since which it shall be known what was written.
+            freeze_guest: freeze the guest's file systems for the instant of a live view.
 
         Raises:
             AgentError: nothing is left of the attempt.
@@ -118,9 +208,9 @@ class ViewDesk:
         opened = OpenedView(pair, view, live)
         try:
             if live:
-                self._open_live(vm_uuid, targets, opened)
+                self._open_live(vm_uuid, targets, opened, track, overlay, since, freeze_guest)
             else:
-                self._open_closed(vm_uuid, targets, opened)
+                self._open_closed(vm_uuid, targets, opened, since)
         except BaseException:
             opened.close()
             if live:
@@ -131,13 +221,101 @@ class ViewDesk:
         self._open[vm_uuid] = opened
         return opened
 
-    def _open_live(self, vm_uuid: str, targets: Sequence[str], opened: OpenedView) -> None:
+    def _open_live(
+        self,
+        vm_uuid: str,
+        targets: Sequence[str],
+        opened: OpenedView,
+        track: bool,
+        overlay: bool,
+        since: Mapping[str, str],
+        freeze_guest: bool,
+    ) -> None:
         self._ledger.put_view(ViewRecord(vm_uuid=vm_uuid, view=opened.view))
-        served = self.hypervisor.open_view(vm_uuid, targets, tag_of(opened.view))
-        for target in targets:
-            opened.disks[target] = open_view(target, served.socket, served.exports[target])
+        raw = self._for_overlays(vm_uuid, targets) if overlay else ()
+        rest = [target for target in targets if target not in raw]
+        with self._frozen(vm_uuid, opened, targets) if freeze_guest else contextlib.nullcontext():
+            # First the overlays: libvirt takes no snapshot while a backup job runs.
+            frozen = self.overlays.open(opened.pair, vm_uuid, raw, opened.view, tag_of(opened.view), since)
+            served = self._serve(vm_uuid, rest, opened, track, since) if rest else None
+        for disk in frozen.values():
+            self._open_frozen(disk, opened, disk.target in since)
+        if served is not None:
+            for target in rest:
+                opened.disks[target] = open_view(target, served.socket, served.exports[target])
+            scratch_bytes = sum(opened.sizes[target] for target in rest)
+            self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), scratch_bytes)
 
-    def _open_closed(self, vm_uuid: str, targets: Sequence[str], opened: OpenedView) -> None:
+    def _for_overlays(self, vm_uuid: str, targets: Sequence[str]) -> tuple[str, ...]:
+        domain = self.hypervisor.inspect(vm_uuid)
+        return tuple(target for target in targets if self.overlays.takes(domain, target))
+
+    def _open_frozen(self, disk: FrozenDisk, opened: OpenedView, asked: bool) -> None:
+        # A raw image is read without a lock: one is held lest an overlay is merged into it meanwhile.
+        opened.locks.append(hold_frozen(disk.image))
+        opened.disks[disk.target] = open_source(disk.target, disk.image, disk.format, self.runtime_dir)
+        opened.tracked.add(disk.target)
+        opened.know(disk, asked)
+
+    def _serve(
+        self, vm_uuid: str, targets: Sequence[str], opened: OpenedView, track: bool, since: Mapping[str, str]
+    ) -> View:
+        asked = {target: view for target, view in since.items() if target in targets}
+        earlier, unknown = earlier_views(self._ledger, vm_uuid, asked)
+        served = self.hypervisor.open_view(vm_uuid, targets, tag_of(opened.view), checkpoint=track, since=earlier)
+        if track:
+            self._remember(vm_uuid, opened, served)
+        for target, reason in (*unknown.items(), *served.why_not.items()):
+            opened.tell(target, reason)
+        for target, context in served.dirty_contexts.items():
+            opened.since[target] = since[target]
+            opened.records[target] = LiveRecord(served.socket, served.exports[target], context)
+        return served
+
+    def _remember(self, vm_uuid: str, opened: OpenedView, served: View) -> None:
+        """Which images the view records the writes of, durably, before anybody builds on it."""
+        if self._ledger.tracking(vm_uuid, opened.view) is None:
+            opened.tracked |= served.tracked
+        elif served.checkpoint_is_new:
+            # A target may equal the view that had this name before, and what was written between the two is lost.
+            for target in served.tracked:
+                opened.tell(target, f"a view {opened.view} was recorded before, and that record is lost")
+        else:
+            opened.tracked |= {t for t in served.tracked if self._ledger.tracked_image(vm_uuid, opened.view, t)}
+            return
+        images = (
+            TrackedImage(target=t, path=served.images[t].path, identity=served.images[t].identity)
+            for t in sorted(opened.tracked)
+        )
+        self._ledger.put_tracking(TrackingRecord(vm_uuid=vm_uuid, view=opened.view, images=tuple(images)))
+
+    @contextlib.contextmanager
+    def _frozen(self, vm_uuid: str, opened: OpenedView, targets: Sequence[str]) -> Iterator[None]:
+        """With the guest's file systems frozen, if its agent does that; thawed whatever happens inside, and that is
+        owed durably before they are frozen."""
+        self._freezing.add(vm_uuid)
+        try:
+            self._ledger.put_thaw(vm_uuid)
+            try:
+                self.hypervisor.freeze_guest(vm_uuid)
+            except HypervisorUnreachable:
+                raise
+            except HypervisorError as error:
+                log.warning("the guest's file systems are not frozen for the view", vm=vm_uuid, reason=error.sentence)
+                for target in targets:
+                    opened.tell(target, f"the guest's file systems were not frozen: {error.sentence}")
+                if isinstance(error, GuestAgentMissing):
+                    self._ledger.drop_thaw(vm_uuid)
+            yield
+        finally:
+            self._freezing.discard(vm_uuid)
+            if any(owed.vm_uuid == vm_uuid for owed in self._ledger.contents.thaws):
+                try:
+                    self._thaw(vm_uuid)
+                except AgentError as error:  # tried again, by `thaw_owed`
+                    log.error("the guest's file systems could not be thawed yet", vm=vm_uuid, reason=error.sentence)
+
+    def _open_closed(self, vm_uuid: str, targets: Sequence[str], opened: OpenedView, since: Mapping[str, str]) -> None:
         fence = self.fences.required(vm_uuid, "replica", opened.pair)
         for target in targets:
             # What the VM's disk is now stands first; an overlay of a protective snapshot is not frozen, its base is.
@@ -145,7 +323,31 @@ class ViewDesk:
             image = next(frozen, None)
             if image is None:
                 raise HypervisorError(f"the disk {target} of the VM {vm_uuid} is not frozen by the fence: fence it")
+            if target in since:
+                self._know_closed(vm_uuid, target, image.path, image.format, opened, since[target])
             opened.disks[target] = open_source(target, image.path, image.format, self.runtime_dir)
+
+    def _know_closed(
+        self, vm_uuid: str, target: str, path: Path, image_format: str, opened: OpenedView, view: str
+    ) -> None:
+        if self.overlays.has(vm_uuid, target):
+            opened.know(self.overlays.closed(vm_uuid, target, path, view), asked=True)
+            return
+        tracked = self._ledger.tracked_image(vm_uuid, view, target)
+        if tracked is None:
+            opened.tell(target, f"nothing was recorded of the disk {target} from the view {view} on")
+            return
+        record = closed_record(path, image_format, tracked, view)
+        if isinstance(record, str):
+            opened.tell(target, record)
+            return
+        opened.since[target], opened.records[target] = view, record
+
+    def close_of(self, vm_uuid: str) -> None:
+        """End whatever view of that VM is open."""
+        opened = self._open.get(vm_uuid)
+        if opened is not None:
+            self.close(vm_uuid, opened.view)
 
     def close(self, vm_uuid: str, view: str) -> None:
         """End that view; also one that an earlier agent process left behind."""
@@ -153,6 +355,7 @@ class ViewDesk:
         if opened is not None and opened.view == view:
             del self._open[vm_uuid]
             opened.close()
+        self.scratch.end(vm_uuid)
         with contextlib.suppress(NoSuchDomain):  # deleted, and the job with it
             self.hypervisor.close_view(vm_uuid, tag_of(view))
         record = ViewRecord(vm_uuid=vm_uuid, view=view)

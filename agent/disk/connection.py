@@ -8,7 +8,7 @@ while it is polled, so a connection that is dropped never touches a buffer again
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nbd
@@ -31,18 +31,27 @@ class Connection:
         export: export name.
         timeout_s: how long a request (or connecting) may take.
         given_up: asked while waiting; True ends the wait with `ConnectionBroken`.
+        contexts: NBD metadata contexts that it asks for.
 
     Raises:
         ConnectionBroken: no connection came about.
     """
 
-    def __init__(self, socket: Path, export: str, timeout_s: float, given_up: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        socket: Path,
+        export: str,
+        timeout_s: float,
+        given_up: Callable[[], bool],
+        contexts: Sequence[str] = (ALLOCATION,),
+    ) -> None:
         self._timeout_s = timeout_s
         self._given_up = given_up
         self.handle = nbd.NBD()
         try:
             self.handle.set_export_name(export)
-            self.handle.add_meta_context(ALLOCATION)
+            for context in contexts:
+                self.handle.add_meta_context(context)
             self.handle.set_pread_initialize(False)  # a buffer counts only when its read succeeded
             self.handle.aio_connect_unix(str(socket))
             self._poll_while(lambda: self.handle.aio_is_connecting() or self.handle.aio_is_negotiating())
@@ -89,14 +98,17 @@ class Connection:
 
     def block_status(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, bool]]:
         """What the server tells about a run: (length in bytes, reads as zero) in order; it may tell less, or more."""
-        told: list[tuple[int, bool]] = []
+        told = self.statuses(offset_bytes, length_bytes, ALLOCATION)
+        return [(length, bool(flags & _STATE_ZERO)) for length, flags in told]
+
+    def statuses(self, offset_bytes: int, length_bytes: int, wanted: str) -> list[tuple[int, int]]:
+        """What the server tells about a run in the metadata context `wanted`, one of those asked for: (length in bytes,
+        flags of that context) in order; it may tell less, or more."""
+        told: list[tuple[int, int]] = []
 
         def on_extents(context: str, _offset: int, entries: list[int], _error: int) -> int:
-            if context == ALLOCATION:
-                told.extend(
-                    (length, bool(flags & _STATE_ZERO))
-                    for length, flags in zip(entries[::2], entries[1::2], strict=True)
-                )
+            if context == wanted:
+                told.extend(zip(entries[::2], entries[1::2], strict=True))
             return 0
 
         self.finish([self.handle.aio_block_status(length_bytes, offset_bytes, on_extents)])

@@ -83,6 +83,7 @@ class QemuNbd:
         *,
         held: HeldImage | None = None,
         idle: bool = False,
+        bitmap: str | None = None,
     ) -> QemuNbd:
         """Serve an image that no VM is using.
 
@@ -94,6 +95,7 @@ class QemuNbd:
             held: the exclusive lock under which the image is served for writing; the process inherits it, so it lives
                 until the last writer is gone. None serves for reading only, under QEMU's own locks.
             idle: it works under idle I/O priority (see `agent.disk.priority`).
+            bitmap: tell this persistent dirty bitmap of the image too, in the metadata context of its name.
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
@@ -107,7 +109,7 @@ class QemuNbd:
         server = cls(name, image, path, past_cache=past_cache, writable=held is not None)
         try:
             options = image_options(image, image_format, is_device=is_device, locked_by_us=held is not None)
-            server._launch(_command(server, options), held, idle=idle)
+            server._launch(_command(server, options, bitmap), held, idle=idle)
             server._await_ready()
         except BaseException:
             server._end()
@@ -208,7 +210,7 @@ class QemuNbd:
             self._messages = -1
 
 
-def _command(server: QemuNbd, options: str) -> list[str]:
+def _command(server: QemuNbd, options: str, bitmap: str | None) -> list[str]:
     return [
         "qemu-nbd",
         "--persistent",
@@ -219,6 +221,7 @@ def _command(server: QemuNbd, options: str) -> list[str]:
         "--discard=unmap",
         "--detect-zeroes=off",
         *([] if server._writable else ["--read-only"]),
+        *([] if bitmap is None else [f"--bitmap={bitmap}"]),
         "--image-opts",
         options,
     ]

@@ -17,6 +17,7 @@ from agent.virt.seam import SourceKind
 _KINDS = {"file": SourceKind.FILE, "block": SourceKind.BLOCK, "network": SourceKind.NETWORK}
 _PATH_ATTRIBUTE = {SourceKind.FILE: "file", SourceKind.BLOCK: "dev"}
 _DEFAULT_SECTOR_BYTES = 512
+GUEST_AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,8 @@ class DiskFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainFacts:
-    """What a domain's XML says. `drives` names the targets of every ``<disk>``, CD-ROM and floppy drives too."""
+    """What a domain's XML says. `drives` names the targets of every ``<disk>``, CD-ROM and floppy drives too;
+    `agent_connected`: something in the guest has the guest agent's channel open."""
 
     uuid: str
     name: str
@@ -44,6 +46,7 @@ class DomainFacts:
     passthrough: tuple[str, ...]
     disks: tuple[DiskFacts, ...]
     drives: tuple[str, ...]
+    agent_connected: bool = False
 
     def disk(self, target: str) -> DiskFacts | None:
         """The disk of that target name, or None."""
@@ -69,6 +72,15 @@ class SnapshotFacts:
     domain: DomainFacts | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFacts:
+    """A checkpoint, with the targets it has a bitmap for."""
+
+    name: str
+    description: str
+    tracked: tuple[str, ...]
+
+
 def parse_domain(xml: str) -> DomainFacts:
     """The facts of a domain's XML, live or inactive."""
     return _domain_facts(ET.fromstring(xml))
@@ -86,6 +98,10 @@ def _domain_facts(root: ET.Element) -> DomainFacts:
         passthrough=tuple(_passthrough(root)),
         disks=tuple(_disk_facts(disk) for disk in disks if disk.get("device", "disk") == "disk"),
         drives=tuple(_target(disk) for disk in disks),
+        agent_connected=any(
+            channel.get("name") == GUEST_AGENT_CHANNEL and channel.get("state") == "connected"
+            for channel in root.findall("devices/channel/target")
+        ),
     )
 
 
@@ -273,13 +289,26 @@ def point_snapshot_at(xml: str, target: str, gone: set[Path], image: ImageRef, *
     return root.toxml() if changed else None
 
 
-def backup_xml(socket: Path, scratch: Mapping[str, Path], excluded: Iterable[str]) -> str:
-    """A pull-mode backup: `scratch` files by target of the disks that take part, all others by name excluded."""
+def backup_xml(
+    socket: Path, scratch: Mapping[str, Path], excluded: Iterable[str], since: Mapping[str, str] | None = None
+) -> str:
+    """A pull-mode backup: `scratch` files by target of the disks that take part, all others by name excluded.
+
+    `since`: by target, the checkpoint since which the export tells what was written, in the metadata context
+    ``qemu:dirty-bitmap:`` followed by `dirty_bitmap_name`.
+    """
+    since = since or {}
     root = ET.Element("domainbackup", {"mode": "pull"})
     ET.SubElement(root, "server", {"transport": "unix", "socket": str(socket)})
     disks = ET.SubElement(root, "disks")
     for target, path in scratch.items():
         disk = ET.SubElement(disks, "disk", {"name": target, "backup": "yes", "type": "file", "exportname": target})
+        if target in since:
+            disk.attrib |= {
+                "backupmode": "incremental",
+                "incremental": since[target],
+                "exportbitmap": dirty_bitmap_name(target),
+            }
         ET.SubElement(disk, "driver", {"type": "qcow2"})
         ET.SubElement(disk, "scratch", {"file": str(path)})
     for target in excluded:
@@ -294,6 +323,35 @@ def parse_backup(xml: str) -> BackupFacts:
     return BackupFacts(
         socket=Path(socket) if socket else None,
         scratch=tuple(Path(path) for s in root.iter("scratch") if (path := s.get("file", s.get("dev", "")))),
+    )
+
+
+def dirty_bitmap_name(target: str) -> str:
+    """What a view exports the bitmap of a disk's earlier checkpoint as."""
+    return f"since-{target}"
+
+
+def checkpoint_xml(name: str, description: str, tracked: Iterable[str], excluded: Iterable[str]) -> str:
+    """A checkpoint with a bitmap for each of the disks `tracked`, none for the others
+    (https://libvirt.org/formatcheckpoint.html)."""
+    root = ET.Element("domaincheckpoint")
+    ET.SubElement(root, "name").text = name
+    ET.SubElement(root, "description").text = description
+    disks = ET.SubElement(root, "disks")
+    for target in tracked:
+        ET.SubElement(disks, "disk", {"name": target, "checkpoint": "bitmap", "bitmap": name})
+    for target in excluded:
+        ET.SubElement(disks, "disk", {"name": target, "checkpoint": "no"})
+    return ET.tostring(root, encoding="unicode")
+
+
+def parse_checkpoint(xml: str) -> CheckpointFacts:
+    """The facts of a checkpoint."""
+    root = ET.fromstring(xml)
+    return CheckpointFacts(
+        name=root.findtext("name", ""),
+        description=root.findtext("description", ""),
+        tracked=tuple(d.get("name", "") for d in root.findall("disks/disk") if d.get("checkpoint") == "bitmap"),
     )
 
 

@@ -70,6 +70,9 @@ def _image(info: dict[str, Any]) -> Image:
         corrupt=specific.get("corrupt", False),
         encrypted=info.get("encrypted", False),
         external_data="data-file" in specific,
+        keeps_bitmaps=info["format"] == "qcow2" and specific.get("compat", "0.10") != "0.10",
+        modified_s=modified_s(path),
+        allocated_bytes=info.get("actual-size", 0),
     )
 
 
@@ -85,6 +88,15 @@ def identity(path: Path) -> str:
     if stat.S_ISBLK(status.st_mode):
         return f"{_boot_id()}:dev:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     return f"{_boot_id()}:{os.major(status.st_dev)}:{os.minor(status.st_dev)}:{status.st_ino}"
+
+
+def modified_s(path: Path) -> float:
+    """When a file was last written, seconds since 1970; 0 for a device, which has no such time."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UnreadableChain(f"{path} cannot be looked at: {error.strerror}.", path=str(path)) from error
+    return 0.0 if stat.S_ISBLK(status.st_mode) else status.st_mtime
 
 
 @functools.cache

@@ -9,7 +9,14 @@ from typing import Any
 import libvirt
 
 from agent.virt import images
-from agent.virt.domain_xml import DiskFacts, DomainFacts, parse_domain, parse_snapshot
+from agent.virt.domain_xml import (
+    CheckpointFacts,
+    DiskFacts,
+    DomainFacts,
+    parse_checkpoint,
+    parse_domain,
+    parse_snapshot,
+)
 from agent.virt.names import is_ours
 from agent.virt.seam import Domain, DomainDisk, Image, PowerState, Snapshot, SourceKind
 
@@ -84,7 +91,7 @@ def inspect(domain: Any, *, scratch_dir: Path, qemu_img: str) -> Domain:
         passthrough=facts.passthrough,
         disks=tuple(_disk(disk, scratch_dir, qemu_img) for disk in facts.disks),
         snapshots=tuple(_snapshot(snapshot) for snapshot in domain.listAllSnapshots(0)),
-        checkpoints=tuple(checkpoint.getName() for checkpoint in domain.listAllCheckpoints(0)),
+        checkpoints=tuple(c.name for c in all_checkpoints(domain) if not is_ours(c.name, c.description)),
         job=running_job(domain, facts.drives),
     )
 
@@ -92,6 +99,12 @@ def inspect(domain: Any, *, scratch_dir: Path, qemu_img: str) -> Domain:
 def _snapshot(snapshot: Any) -> Snapshot:
     facts = parse_snapshot(snapshot.getXMLDesc(0))
     return Snapshot(name=facts.name, ours=is_ours(facts.name, facts.description), external=facts.external)
+
+
+def all_checkpoints(domain: Any) -> list[CheckpointFacts]:
+    """Every checkpoint of the domain."""
+    flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+    return [parse_checkpoint(found.getXMLDesc(flags)) for found in domain.listAllCheckpoints(0)]
 
 
 def _disk(disk: DiskFacts, scratch_dir: Path, qemu_img: str) -> DomainDisk:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import libvirt
 
 from agent.errors import HypervisorError, NoSuchDomain
-from agent.virt import inspection, overlays, protection, views
+from agent.virt import checkpoints, guest_agent, inspection, overlays, protection, views
 from agent.virt.connection import Connection, errors_of
-from agent.virt.seam import Domain, HostFacts, Overlay, PowerState, TrackOverlay, View
+from agent.virt.places import Places, lib_dir_of
+from agent.virt.seam import (
+    NO_EARLIER_VIEW,
+    Domain,
+    EarlierView,
+    HostFacts,
+    Overlay,
+    PowerState,
+    TrackOverlay,
+    View,
+)
 
 _RECHECK_S = 2.0  # an event may be lost with the connection that would have brought it
 
@@ -43,9 +53,8 @@ class LibvirtHost:
 
     def __init__(self, uri: str, *, scratch_dir: Path, lib_dir: Path | None = None, qemu_img: str = "qemu-img") -> None:
         self._connection = Connection(uri)
-        self._places = views.Places(
-            lib_dir=lib_dir or views.lib_dir_of(uri), scratch_dir=scratch_dir, qemu_img=qemu_img
-        )
+        self._places = Places(lib_dir=lib_dir or lib_dir_of(uri), scratch_dir=scratch_dir, qemu_img=qemu_img)
+        self._agent_shutdowns = guest_agent.AgentShutdowns()
 
     def facts(self) -> HostFacts:
         """See `agent.virt.seam.Hypervisor.facts`."""
@@ -96,13 +105,17 @@ class LibvirtHost:
             domain.create()
 
     def request_shutdown(self, uuid: str) -> None:
-        """See `agent.virt.seam.Hypervisor.request_shutdown`; the power button, for a guest agent may not be there."""
+        """See `agent.virt.seam.Hypervisor.request_shutdown`; the power button where no agent answers."""
         domain = self._connection.domain(uuid)
         name, state = domain.name(), self._state(domain)
         if state in (PowerState.OFF, PowerState.SHUTTING_DOWN):
             return
         if state in _CANNOT_ANSWER:
             raise HypervisorError(f"VM {name} {_CANNOT_ANSWER[state]}.", vm=name, state=state.value)
+        with errors_of("the shutdown request", name):
+            asked = self._agent_shutdowns.ask(domain)
+        if asked:
+            return
         self._end(
             domain, "the shutdown request", lambda: domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
         )
@@ -153,11 +166,19 @@ class LibvirtHost:
                 domain.setAutostart(int(enabled))
         return before
 
-    def open_view(self, uuid: str, targets: Sequence[str], tag: str) -> View:
+    def open_view(
+        self,
+        uuid: str,
+        targets: Sequence[str],
+        tag: str,
+        *,
+        checkpoint: bool = False,
+        since: Mapping[str, EarlierView] = NO_EARLIER_VIEW,
+    ) -> View:
         """See `agent.virt.seam.Hypervisor.open_view`."""
         domain = self._connection.domain(uuid)
         with errors_of("opening a view", domain.name()):
-            return views.open_view(domain, targets, tag, self._places)
+            return views.open_view(domain, targets, tag, self._places, checkpoint=checkpoint, since=since)
 
     def close_view(self, uuid: str, tag: str) -> None:
         """See `agent.virt.seam.Hypervisor.close_view`."""
@@ -165,6 +186,32 @@ class LibvirtHost:
         with errors_of("closing a view", domain.name()):
             others = [number for number in domain.connect().listDomainsID() if number != domain.ID()]
             views.close_view(domain, tag, self._places, others)
+
+    def has_stalled(self, uuid: str) -> bool:
+        """See `agent.virt.seam.Hypervisor.has_stalled`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("asking for its power state", domain.name()):
+            return views.has_stalled(domain)
+
+    def drop_checkpoints(self, uuid: str, keep: Sequence[str] = ()) -> None:
+        """See `agent.virt.seam.Hypervisor.drop_checkpoints`."""
+        checkpoints.drop(self._connection.domain(uuid), keep)
+
+    def drop_bitmaps(self, uuid: str) -> None:
+        """See `agent.virt.seam.Hypervisor.drop_bitmaps`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("removing its bitmaps", domain.name()):
+            checkpoints.drop_bitmaps(domain, self._places)
+
+    def freeze_guest(self, uuid: str) -> None:
+        """See `agent.virt.seam.Hypervisor.freeze_guest`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("freezing its file systems", domain.name()):
+            guest_agent.freeze(domain)
+
+    def thaw_guest(self, uuid: str) -> None:
+        """See `agent.virt.seam.Hypervisor.thaw_guest`."""
+        guest_agent.thaw(self._connection.domain(uuid))
 
     def protect(self, uuid: str, targets: Sequence[str], snapshot: str, description: str) -> tuple[Overlay, ...]:
         """See `agent.virt.seam.Hypervisor.protect`."""

@@ -12,7 +12,7 @@ from agent.errors import HypervisorError
 
 SNAPSHOT_PREFIX = "failback-"
 SNAPSHOT_MARK = "made by failback"
-"""Our snapshots have names that begin with the one and descriptions that contain the other."""
+"""Our snapshots and checkpoints have names that begin with the one and descriptions that contain the other."""
 
 TRACK_MARK = ".failback-track-"
 """In the name of every overlay that records what a running guest writes."""
@@ -21,6 +21,7 @@ SOCKET_PATH_LIMIT_BYTES = 107  # sun_path holds 108 with its closing NUL: unix(7
 FILE_NAME_LIMIT_BYTES = 255
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BITMAP = re.compile(re.escape(SNAPSHOT_PREFIX) + r"[0-9a-f]{12}")  # agent.sources.tag_of
 _SNAPSHOT = re.compile(re.escape(SNAPSHOT_PREFIX) + r"[A-Za-z0-9._-]{1,118}")  # a pair's name and a run's, at most
 
 
@@ -34,8 +35,13 @@ class ImageRef:
 
 
 def is_ours(snapshot: str, description: str) -> bool:
-    """Whether failback made that snapshot: a person may well choose one of the two signs, hardly both."""
+    """Whether failback made that snapshot or checkpoint: a person may well choose one of the two signs, hardly both."""
     return snapshot.startswith(SNAPSHOT_PREFIX) and SNAPSHOT_MARK in description
+
+
+def is_our_bitmap(name: str) -> bool:
+    """Whether a dirty bitmap has the name that one of our views gives it."""
+    return _BITMAP.fullmatch(name) is not None
 
 
 def marked(description: str) -> str:

@@ -42,8 +42,8 @@ from agent.virt.names import (
     is_ours,
     track_overlay_path,
 )
+from agent.virt.places import Places
 from agent.virt.seam import Image, PowerState, TrackOverlay
-from agent.virt.views import Places
 
 _POLL_S = 0.02
 _DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE

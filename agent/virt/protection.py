@@ -36,8 +36,8 @@ from agent.virt.names import (
     marked,
     overlay_paths,
 )
+from agent.virt.places import Places
 from agent.virt.seam import Overlay, PowerState
-from agent.virt.views import Places
 
 
 def protect(

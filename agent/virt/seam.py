@@ -9,8 +9,8 @@ thread, and raises `agent.errors.HypervisorError` (or a subclass) and nothing el
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +47,9 @@ class Image:
         internal_snapshots: number of snapshots inside a qcow2 image.
         bitmaps: names of persistent dirty bitmaps.
         dirty, corrupt, encrypted, external_data: what makes reading by cluster map unsafe.
+        keeps_bitmaps: its format can hold persistent dirty bitmaps (qcow2 from version 3 on).
+        modified_s: when it was last written, seconds since 1970 by this host's clock.
+        allocated_bytes: what it takes of its storage.
     """
 
     path: Path
@@ -59,6 +62,9 @@ class Image:
     corrupt: bool = False
     encrypted: bool = False
     external_data: bool = False
+    keeps_bitmaps: bool = False
+    modified_s: float = 0.0
+    allocated_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +117,7 @@ class Domain:
     passthrough: tuple[str, ...]  # host devices, as ``pci 0000:01:00.0``
     disks: tuple[DomainDisk, ...]
     snapshots: tuple[Snapshot, ...]
-    checkpoints: tuple[str, ...]
+    checkpoints: tuple[str, ...]  # those of others; ours are no obstacle to anybody
     job: str | None  # a job or block job that is running: backup, migration, "block copy of vda" …
 
 
@@ -126,17 +132,45 @@ class HostFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierView:
+    """The earlier view of a disk since which a new one shall know what was written.
+
+    Attributes:
+        tag: of the earlier view; its checkpoint and its dirty bitmap carry it as their name.
+        path, identity: the disk's image when that view was frozen (`Image.identity`).
+    """
+
+    tag: str
+    path: Path
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """A frozen state of a running domain's disks, served by QEMU over NBD on a unix socket.
 
     Attributes:
         socket: the NBD server's unix socket.
         exports: NBD export name by disk target (``exports[target]``).
+        images: the top image of each disk, by target.
+        scratch: the scratch file of each disk, by target: it grows as the guest writes.
+        tracked: targets whose writes are recorded from this view on.
+        checkpoint_is_new: they are from this view on; not from an earlier instant at which a view had the same tag.
+        since: by target, the tag of the earlier view since which this one knows what was written.
+        dirty_contexts: for the targets in `since`, the NBD metadata context that lists what was written.
+        why_not: by target, why it is not tracked, or does not know what was written since: a sentence.
     """
 
     domain_uuid: str
     socket: Path
     exports: dict[str, str]
+    images: dict[str, Image] = field(default_factory=dict)
+    scratch: dict[str, Path] = field(default_factory=dict)
+    tracked: frozenset[str] = frozenset()
+    checkpoint_is_new: bool = False
+    since: dict[str, str] = field(default_factory=dict)
+    dirty_contexts: dict[str, str] = field(default_factory=dict)
+    why_not: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +181,9 @@ class Overlay:
     base: Path
     base_format: str
     overlay: Path
+
+
+NO_EARLIER_VIEW: Mapping[str, EarlierView] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +225,9 @@ class Hypervisor(Protocol):
         """Start the domain; returns when libvirt says it runs. No-op when it runs already."""
 
     def request_shutdown(self, uuid: str) -> None:
-        """Ask the guest once to power off (ACPI). No-op when off. It is a request: poll or wait for the state."""
+        """Ask the guest once to power off: through its agent where that answers, else by ACPI. No-op when off.
+
+        It is a request: poll or wait for the state."""
 
     def wait_off(self, uuid: str, timeout_s: float) -> bool:
         """Wait (on libvirt's lifecycle events, not by polling alone) until the domain is off; False at the deadline."""
@@ -199,18 +238,55 @@ class Hypervisor(Protocol):
     def set_autostart(self, uuid: str, enabled: bool) -> bool:
         """Set the autostart flag; returns what it was before."""
 
-    def open_view(self, uuid: str, targets: Sequence[str], tag: str) -> View:
+    def open_view(
+        self,
+        uuid: str,
+        targets: Sequence[str],
+        tag: str,
+        *,
+        checkpoint: bool = False,
+        since: Mapping[str, EarlierView] = NO_EARLIER_VIEW,
+    ) -> View:
         """Begin a pull-mode backup of the running domain's `targets` (all other disks excluded) at one instant.
 
         Scratch files and socket carry `tag`. A domain that has a job already is an error, also when the job is an
         older view of ours: `close_view` comes first.
+
+        Args:
+            checkpoint: from the same instant, record what is written to each disk that can, under the name `tag`. A
+                checkpoint of ours that has this name already stays instead of a new one: it began earlier, so it
+                records whatever was written since this view as well.
+            since: by target, the earlier view since which it shall be known what was written. Where that is not proven
+                any more, the disk's view is opened without, and `View.why_not` tells the reason.
         """
 
     def close_view(self, uuid: str, tag: str) -> None:
         """End the view of that tag if it is the domain's running job; remove its scratch files and socket.
 
         Never touches a job that is not ours. Harmless when there is none, when the domain is off, and when repeated.
+        A guest that was paused by an I/O error while the view was open, as a full scratch file does it, goes on.
         """
+
+    def has_stalled(self, uuid: str) -> bool:
+        """Whether the guest is paused by an I/O error; cheap."""
+
+    def drop_checkpoints(self, uuid: str, keep: Sequence[str] = ()) -> None:
+        """Delete the checkpoints of our views but for the tags in `keep`: with their bitmaps while the domain runs
+        (those whose bitmap is lost, and those of a domain that is off, by metadata only). Harmless when repeated."""
+
+    def drop_bitmaps(self, uuid: str) -> None:
+        """Remove the dirty bitmaps of our views, and their checkpoints, from the images the running domain writes to;
+        also those that no checkpoint knows any more. Those of others stay. Harmless when repeated, and when off."""
+
+    def freeze_guest(self, uuid: str) -> None:
+        """Let the guest's agent freeze its file systems: `thaw_guest` must follow soon, whatever this raises.
+
+        Raises:
+            GuestAgentMissing: the guest has no agent that listens: nothing was frozen.
+        """
+
+    def thaw_guest(self, uuid: str) -> None:
+        """Let them go on. Harmless when nothing is frozen, and when the domain is off."""
 
     def protect(self, uuid: str, targets: Sequence[str], snapshot: str, description: str) -> tuple[Overlay, ...]:
         """Take the external disk-only snapshot `snapshot` of the shut-off domain; its disks now point at overlays.

@@ -10,52 +10,35 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import libvirt
 
 from agent.errors import HypervisorError
-from agent.virt import images
+from agent.virt import checkpoints, images
 from agent.virt.connection import errors_of
-from agent.virt.domain_xml import DiskFacts, DomainFacts, backup_xml, parse_backup
+from agent.virt.domain_xml import DiskFacts, DomainFacts, backup_xml, dirty_bitmap_name, parse_backup
 from agent.virt.inspection import facts_now, power_state, running_job
 from agent.virt.names import SOCKET_PATH_LIMIT_BYTES, check_tag, scratch_name, socket_name
-from agent.virt.seam import PowerState, View
+from agent.virt.places import Places
+from agent.virt.seam import NO_EARLIER_VIEW, EarlierView, Image, PowerState, View
 
 _END_TIMEOUT_S = 60.0
-_END_POLL_S = 0.02
+_END_POLL_S = 0.005
+_BITMAP_CONTEXT = "qemu:dirty-bitmap:"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where this host keeps what a view needs.
-
-    Attributes:
-        lib_dir: the QEMU driver's folder, in which each running domain has its own ``domain-ID-NAME``.
-        scratch_dir: for scratch files (and overlays) of disks that are block devices.
-        qemu_img: the program to call.
-    """
-
-    lib_dir: Path
-    scratch_dir: Path
-    qemu_img: str
-
-
-def lib_dir_of(uri: str) -> Path:
-    """The QEMU driver's folder for domains, by connection URI (https://libvirt.org/drvqemu.html)."""
-    parts = urlsplit(uri)
-    if parts.path == "/embed":
-        return Path(parse_qs(parts.query).get("root", ["/"])[0], "lib", "qemu")
-    if parts.path == "/session":
-        return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "libvirt", "qemu", "lib")
-    return Path("/var/lib/libvirt/qemu")
-
-
-def open_view(domain: Any, targets: Sequence[str], tag: str, places: Places) -> View:
+def open_view(
+    domain: Any,
+    targets: Sequence[str],
+    tag: str,
+    places: Places,
+    *,
+    checkpoint: bool = False,
+    since: Mapping[str, EarlierView] = NO_EARLIER_VIEW,
+) -> View:
     """Begin the backup job; see `agent.virt.seam.Hypervisor.open_view`."""
     check_tag(tag)
     facts = facts_now(domain)
@@ -69,17 +52,107 @@ def open_view(domain: Any, targets: Sequence[str], tag: str, places: Places) -> 
             vm=facts.name,
             path=str(socket),
         )
+    wanted = _Wanted(domain, facts, tag, {target: _top(facts, target, places) for target in targets})
+    if checkpoint:
+        wanted.track()
+    wanted.know(since)
     leftovers = [socket, *scratch.values()]
     _remove(leftovers)
-    excluded = [drive for drive in facts.drives if drive not in scratch]
     try:
-        with errors_of("opening a view", facts.name):
-            domain.backupBegin(backup_xml(socket, scratch, excluded), None, 0)
+        wanted.begin(socket, scratch)
     except HypervisorError:
         if not _is_running(domain, facts, tag):
             _remove(leftovers)
         raise
-    return View(domain_uuid=facts.uuid, socket=socket, exports={target: target for target in targets})
+    return View(
+        domain_uuid=facts.uuid,
+        socket=socket,
+        exports={target: target for target in targets},
+        images=wanted.images,
+        scratch=scratch,
+        tracked=frozenset(wanted.tracked),
+        checkpoint_is_new=wanted.makes_checkpoint,
+        since=wanted.since,
+        dirty_contexts={target: f"{_BITMAP_CONTEXT}{dirty_bitmap_name(target)}" for target in wanted.since},
+        why_not={target: "; ".join(reasons) for target, reasons in wanted.why_not.items()},
+    )
+
+
+class _Wanted:
+    """What a view that is about to be opened shall record and know; less, with the reasons, than was asked for.
+
+    Attributes:
+        tracked: targets whose writes are recorded from this view on.
+        since: the tag of the earlier view, by target.
+        why_not: reasons by target.
+        makes_checkpoint: a new checkpoint is part of it.
+    """
+
+    def __init__(self, domain: Any, facts: DomainFacts, tag: str, images_by_target: dict[str, Image]) -> None:
+        self.images = images_by_target
+        self.tracked: list[str] = []
+        self.since: dict[str, str] = {}
+        self.why_not: dict[str, list[str]] = {}
+        self._domain, self._facts, self._tag = domain, facts, tag
+        self._known = checkpoints.ours(domain)
+        self.makes_checkpoint = False
+
+    def _tell(self, target: str, reason: str) -> None:
+        self.why_not.setdefault(target, []).append(reason)
+
+    def track(self) -> None:
+        """Record what is written from this view on, where that is possible."""
+        checkpoints.require_not_foreign(self._domain, self._tag, self._facts.name)
+        before = self._known.get(self._tag)
+        for target, image in self.images.items():
+            reason = checkpoints.why_untracked(self._facts, target, image)
+            if reason is None and before is not None and target not in before.tracked:
+                reason = f"the disk {target} has no part in the checkpoint that this view has already"
+            if reason is None:
+                self.tracked.append(target)
+            else:
+                self._tell(target, reason)
+        self.makes_checkpoint = before is None and bool(self.tracked)
+
+    def know(self, since: Mapping[str, EarlierView]) -> None:
+        """Know what was written since those views, as far as metadata does not speak against it."""
+        for target, earlier in since.items():
+            if target not in self.images:
+                continue
+            reason = checkpoints.why_unknown(target, self.images[target], earlier, self._known)
+            if reason is None:
+                self.since[target] = earlier.tag
+            else:
+                self._tell(target, reason)
+
+    def begin(self, socket: Path, scratch: Mapping[str, Path]) -> None:
+        """Begin the job and the checkpoint in one call; without what libvirt finds it cannot know after all."""
+        excluded = [drive for drive in self._facts.drives if drive not in scratch]
+        new = checkpoints.new_xml(self._tag, self.tracked, self._facts) if self.makes_checkpoint else None
+        while True:
+            try:
+                with errors_of("opening a view", self._facts.name):
+                    self._domain.backupBegin(backup_xml(socket, scratch, excluded, self.since), new, 0)
+                return
+            except HypervisorError as error:
+                refused = checkpoints.refused_disk(error, tuple(self.since))
+                if not refused:
+                    raise
+                _remove([socket, *scratch.values()])
+                for target in refused:
+                    del self.since[target]
+                    self._tell(target, f"libvirt finds the record of the disk {target} lost: {error.__cause__}")
+
+
+def _top(facts: DomainFacts, target: str, places: Places) -> Image:
+    """The image that the guest writes to; what cannot be read about it is taken as least favourable."""
+    disk = facts.disk(target)
+    assert disk is not None  # it has a scratch path by now
+    assert disk.image is not None
+    try:
+        return images.backing_chain(disk.image.path, disk.image.format, qemu_img=places.qemu_img)[0]
+    except images.UnreadableChain:
+        return Image(path=disk.image.path, format=disk.image.format, identity="", virtual_size_bytes=0)
 
 
 def _require_free(domain: Any, facts: DomainFacts) -> None:
@@ -138,6 +211,8 @@ def close_view(domain: Any, tag: str, places: Places, other_ids: Iterable[int]) 
                 vm=facts.name,
             )
         time.sleep(_END_POLL_S)
+    if asked:
+        _resume_stalled(domain, facts.name)
     _remove(_files_of(facts, tag, places, other_ids))
 
 
@@ -147,6 +222,23 @@ def _abort(domain: Any, name: str) -> None:
             domain.abortJob()
         except libvirt.libvirtError as error:
             # The job, or the whole domain, ended by itself since we looked.
+            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                raise
+
+
+def has_stalled(domain: Any) -> bool:
+    """Whether the guest is paused by an I/O error."""
+    return bool(domain.isActive()) and domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+
+
+def _resume_stalled(domain: Any, name: str) -> None:
+    """Let a guest go on that was paused by an I/O error while our job ran: a scratch file that is full does that. The
+    write that failed is then tried again (QEMU's werror), so an error of the disk itself pauses it again."""
+    with errors_of("resuming it", name):
+        try:
+            if has_stalled(domain):
+                domain.resume()
+        except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
                 raise
 

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from tests.lab.guest import Guest
 
-Role = Literal["writer", "reader", "idle"]
+Role = Literal["writer", "reader", "idle", "filler"]
 
 # ACPI: without `acpi` in the machine there is no power button. The rest makes software emulation boot sooner.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on"
@@ -60,7 +60,7 @@ def domain_xml(
         guest: what boots.
         console_log: file that the guest's console is appended to.
         role: ``writer`` writes all the time; ``reader`` says what it finds and writes nothing of its own (though
-            mounting may write); ``idle`` does not touch its disks.
+            mounting may write); ``idle`` does not touch its disks; ``filler`` overwrites them whole, all the time.
         rate: rounds of writes per second (each disk once per round), or ``max``.
         ignore_acpi: the guest ignores a shutdown request.
         memory_mib: memory of the guest.
@@ -95,6 +95,10 @@ def domain_xml(
 {extra_devices}  </devices>
 </domain>
 """
+
+
+GUEST_AGENT = "    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\n"
+"""Give the guest its agent's channel (`domain_xml`, `extra_devices`): it then answers as qemu-guest-agent would."""
 
 
 def _disk_xml(disk: LabDisk) -> str:

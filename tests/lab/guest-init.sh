@@ -48,6 +48,31 @@ if [ "$acpi" != ignore ]; then
     done
 fi
 
+# A guest agent, where the host gives the guest its channel: what libvirt asks of qemu-guest-agent to shut down, freeze
+# and thaw. Frozen file systems are those on disks.
+agent() { # device
+    exec 3<>"$1"
+    while :; do
+        # Nothing but an end comes from the channel until the host has opened its side.
+        read -r request <&3 || { busybox sleep 0.1; continue; }
+        case $request in
+        *guest-sync*) echo "{\"return\": $(echo "$request" | busybox sed 's/.*"id": *\([0-9]*\).*/\1/')}" >&3 ;;
+        *guest-shutdown*)
+            say "AGENT shutdown"
+            kill -USR1 1
+            ;;
+        *guest-fsfreeze-freeze*) freeze --freeze && say "AGENT frozen" && echo '{"return": 1}' >&3 ;;
+        *guest-fsfreeze-thaw*) freeze --unfreeze && say "AGENT thawed" && echo '{"return": 1}' >&3 ;;
+        *) echo '{"error": {"class": "CommandNotFound", "desc": "not known here"}}' >&3 ;;
+        esac
+    done
+}
+freeze() { # --freeze or --unfreeze; thawing what is not frozen is no error, as in qemu-guest-agent
+    for disk in $usable; do
+        [ "${disk#*:}" = raw ] || busybox fsfreeze "$1" "/mnt/${disk%%:*}" 2>/dev/null || [ "$1" = --unfreeze ] || return 1
+    done
+}
+
 # Content of every slot written in this boot: random, so that it neither compresses away nor equals another boot's.
 pad=$(busybox dd if=/dev/urandom bs=2904 count=1 2>/dev/null | busybox base64 | busybox tr -d '\n')
 pad_sum=$(echo "$pad" | md5)
@@ -134,6 +159,11 @@ for disk in $disks; do
     found "$name" "$kind"
     usable="$usable $disk"
 done
+for port in /sys/class/virtio-ports/*; do
+    if [ "$(busybox cat "$port/name" 2>/dev/null)" = org.qemu.guest_agent.0 ]; then
+        agent "/dev/${port##*/}" &
+    fi
+done
 say READY
 
 if [ "$role" = writer ]; then
@@ -143,6 +173,14 @@ if [ "$role" = writer ]; then
             write "${disk%%:*}" "${disk#*:}"
         done
         [ "$pause" = 0 ] || busybox sleep "$pause"
+    done
+elif [ "$role" = filler ]; then
+    # Every block of every raw disk, from front to back, again and again, as fast as it goes.
+    while [ -z "$stopping" ]; do
+        for disk in $usable; do
+            busybox dd if=/dev/urandom of="/dev/${disk%%:*}" bs=64k conv=fsync 2>/dev/null
+            say "FILLED ${disk%%:*}"
+        done
     done
 else
     while [ -z "$stopping" ]; do

@@ -26,7 +26,7 @@ INIT = Path(__file__).with_name("guest-init.sh")
 RECIPE = "1"  # raise it when the way the guest is built changes: an older cached guest is then not used
 
 # What the guest needs to see its disks and its power button; dependencies are looked up, built-in ones left out.
-MODULES = ("virtio_pci", "virtio_blk", "ext4", "button", "evdev")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "button", "evdev")
 METAPACKAGES = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 COMMAND_TIMEOUT_S = 300.0
 
