@@ -8,7 +8,6 @@ before it is done. So an agent or a QEMU may die between any two steps: the next
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from agent.disk.lock import hold_frozen
 from agent.errors import AgentError, DiskError, HypervisorError
 from agent.fences import FenceKeeper
 from agent.ledger import Ledger
+from agent.overlay_chain import FrozenDisk, Written, chain_of, groups, known_since, stamp_of
 from agent.overlay_record import OverlayRecord
 from agent.virt.seam import Domain, Hypervisor, Image, PowerState, TrackOverlay
 
@@ -31,36 +31,6 @@ MERGE_TIMEOUT_S = 900.0
 """How long merging the overlays of one disk may take: minutes of a guest's writes are gigabytes to be moved."""
 
 STAND_ON_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrozenDisk:
-    """One disk of a view that overlays made: a chain of images that nobody writes to.
-
-    Attributes:
-        target: the disk.
-        image, format: the topmost image of the view.
-        since: the earlier view since which the `layers` topmost images hold whatever was written; None: not known.
-        layers: how many images these are; 0 where `since` is None.
-        why_not: a sentence where an earlier view was asked for and `since` is None.
-    """
-
-    target: str
-    image: Path
-    format: str
-    since: str | None = None
-    layers: int = 0
-    why_not: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """How much was written to a closed disk since a view; `since` is None where that is not known any more."""
-
-    target: str
-    since: str | None
-    dirty_bytes: int
-    why_not: str = ""
 
 
 @dataclass
@@ -153,7 +123,7 @@ class OverlayTracking:
         )
 
     def _frozen_disk(self, domain: Domain, target: str, view: str, since: str | None) -> FrozenDisk:
-        chain = _chain(domain, target)
+        chain = chain_of(domain, target)
         tops = [r.overlay for r in self._records(domain.uuid, target) if r.view == view]
         at = next((number for number, image in enumerate(chain) if image.path in tops), None)
         if at is None or at + 1 >= len(chain):
@@ -163,7 +133,7 @@ class OverlayTracking:
                 vm=domain.name,
                 disk=target,
             )
-        return self._known_since(domain.uuid, target, chain[at + 1 :], since)
+        return known_since(target, chain[at + 1 :], self._records(domain.uuid, target), since)
 
     # --- a view of a VM that is off -------------------------------------------------------------------------------
 
@@ -174,11 +144,11 @@ class OverlayTracking:
             HypervisorError: the disk does not read through the image.
         """
         domain = self.hypervisor.inspect(vm_uuid)
-        chain = _chain(domain, target)
+        chain = chain_of(domain, target)
         at = next((number for number, member in enumerate(chain) if member.path == image), None)
         if at is None:
             raise HypervisorError(f"VM {domain.name}: its disk {target} does not read through {image}: fence it again.")
-        return self._known_since(vm_uuid, target, chain[at:], since)
+        return known_since(target, chain[at:], self._records(vm_uuid, target), since)
 
     def read(self, vm_uuid: str, since: Mapping[str, str]) -> tuple[Written, ...]:
         """How much was written to these disks of the VM that is off, since these views."""
@@ -186,8 +156,8 @@ class OverlayTracking:
         protective = {i.overlay for r in self._ledger.contents.protections if r.vm_uuid == vm_uuid for i in r.images}
         read: list[Written] = []
         for target, view in since.items():
-            chain = [image for image in _chain(domain, target) if image.path not in protective]
-            known = self._known_since(vm_uuid, target, chain, view)
+            chain = [image for image in chain_of(domain, target) if image.path not in protective]
+            known = known_since(target, chain, self._records(vm_uuid, target), view)
             try:
                 dirty = sum(length for _, length in self.dirty(known))
             except DiskError as error:
@@ -199,31 +169,6 @@ class OverlayTracking:
     def dirty(self, disk: FrozenDisk) -> Iterator[Range]:
         """The ranges that may differ from the view `since`; none where it is not known."""
         return self.allocated(disk.target, disk.image, disk.layers) if disk.layers else iter(())
-
-    def _known_since(self, vm_uuid: str, target: str, chain: Sequence[Image], since: str | None) -> FrozenDisk:
-        """`chain`: from the frozen image down."""
-        frozen = FrozenDisk(target=target, image=chain[0].path, format=chain[0].format)
-        if since is None:
-            return frozen
-        records = {record.overlay: record for record in self._records(vm_uuid, target)}
-        held = [number for number, image in enumerate(chain) if _is_of(records.get(image.path), since)]
-        if not held:
-            return replace(frozen, why_not=f"no overlay of this disk holds what was written since the view {since}")
-        layers = held[0] + 1
-        record = records[chain[held[0]].path]
-        damaged = [image.path.name for image in chain[:layers] if image.dirty or image.corrupt or image.external_data]
-        why_not = ""
-        if not record.answered:
-            why_not = f"the view {since} was begun, but never opened"
-        elif damaged:
-            why_not = f"the overlay {damaged[0]} is damaged, what it holds is not certain"
-        elif chain[-1].path != record.base:
-            why_not = f"the disk's own image is {chain[-1].path} by now, not {record.base}"
-        elif record.base_stamp != stamp_of(record.base) or not record.base_stamp:
-            why_not = f"the image {record.base} was replaced or written under its overlays since the view {since}"
-        if why_not:
-            return replace(frozen, why_not=why_not)
-        return replace(frozen, since=since, layers=layers)
 
     # --- merging --------------------------------------------------------------------------------------------------
 
@@ -266,7 +211,7 @@ class OverlayTracking:
     def _merge_others(self, vm_uuid: str, target: str, keep: Collection[str]) -> None:
         """While the VM runs: each group of adjoining overlays not kept, into what lies below it, the lowest first."""
         records = {record.overlay: record for record in self._records(vm_uuid, target)}
-        chain = _chain(self.hypervisor.inspect(vm_uuid), target)
+        chain = chain_of(self.hypervisor.inspect(vm_uuid), target)
         for group, into in groups(chain, records, keep):
             merged = [records[image.path] for image in group]
             self._ledger.put_overlays(*(replace(record, merging_into=into.path) for record in merged))
@@ -280,7 +225,7 @@ class OverlayTracking:
         """While the VM is off: all of them into the base, with the images locked against every writer."""
         records = {record.overlay: record for record in self._records(vm_uuid, target)}
         domain = self.hypervisor.inspect(vm_uuid)
-        chain = _chain(domain, target)
+        chain = chain_of(domain, target)
         for group, into in groups(chain, records, ()):
             merged = [records[image.path] for image in group]
             above = chain[: chain.index(group[0])]
@@ -397,57 +342,6 @@ class OverlayTracking:
             else:
                 _remove(record.overlay)
         self._ledger.drop_overlays(record)
-
-
-def groups(
-    chain: Sequence[Image], records: Mapping[Path, OverlayRecord], keep: Collection[str]
-) -> list[tuple[list[Image], Image]]:
-    """What is to be merged: groups of adjoining overlays of ours that no view in `keep` needs, top first, each with the
-    image below it, which is the disk's own or a kept overlay of ours. The lowest group comes first.
-
-    Overlays that stand on somebody else's are left alone: what is ours is never merged into what is not.
-    """
-    found: list[tuple[list[Image], Image]] = []
-    below: Image | None = None
-    for image in reversed(chain):
-        record = records.get(image.path)
-        if record is None:
-            below = image if image is chain[-1] else None
-        elif record.view in keep:
-            below = image if below is not None else None
-        elif below is not None:
-            if found and found[-1][1] is below:
-                found[-1][0].insert(0, image)
-            else:
-                found.append(([image], below))
-    return found
-
-
-def stamp_of(path: Path) -> str:
-    """What changes when a file is replaced or written; of a block device only which it is. Empty when it is missing."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ""
-    if stat.S_ISBLK(status.st_mode):
-        return f"device {status.st_rdev}"
-    return f"file {status.st_dev}:{status.st_ino} {status.st_size} {status.st_mtime_ns}"
-
-
-def _is_of(record: OverlayRecord | None, view: str) -> bool:
-    return record is not None and record.view == view
-
-
-def _chain(domain: Domain, target: str) -> tuple[Image, ...]:
-    disk = next((disk for disk in domain.disks if disk.target == target), None)
-    if disk is None or not disk.chain:
-        problem = None if disk is None else disk.problem
-        raise HypervisorError(
-            f"VM {domain.name}: the images of its disk {target} cannot be read: {problem or 'it has no such disk'}",
-            vm=domain.name,
-            disk=target,
-        )
-    return disk.chain
 
 
 def _as_overlay(record: OverlayRecord) -> TrackOverlay:

@@ -24,7 +24,8 @@ from agent.errors import (
 )
 from agent.fences import FenceKeeper
 from agent.ledger import LockKind, TrackedImage, TrackingRecord, ViewRecord
-from agent.overlays import FrozenDisk, OverlayTracking
+from agent.overlay_chain import FrozenDisk
+from agent.overlays import OverlayTracking
 from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
 from agent.tags import tag_of
 from agent.tracking import ClosedRecord, LiveRecord, OverlayedRecord, closed_record, earlier_views

@@ -11,7 +11,8 @@ from typing import Any
 
 from agent.fences import FenceKeeper
 from agent.ledger import Ledger, ProtectedImage, ProtectionRecord
-from agent.overlays import FrozenDisk, OverlayTracking
+from agent.overlay_chain import FrozenDisk
+from agent.overlays import OverlayTracking
 from agent.virt.seam import Hypervisor, Overlay
 from tests.contract.hypervisor_rigs import FakeRig, Rig, Vm
 from tests.fakes.hypervisor import FakeMachine
