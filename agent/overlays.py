@@ -56,6 +56,10 @@ class OverlayTracking:
         records = self._ledger.contents.overlays
         return [r for r in records if r.vm_uuid == vm_uuid and target in (None, r.target)]
 
+    def files(self, vm_uuid: str) -> list[Path]:
+        """The files of that VM's overlays."""
+        return [record.overlay for record in self._records(vm_uuid)]
+
     def has(self, vm_uuid: str, target: str) -> bool:
         """Whether that disk has overlays of ours."""
         return bool(self._records(vm_uuid, target))
@@ -90,6 +94,12 @@ class OverlayTracking:
         """
         if not targets:
             return {}
+        with self.fences.turn(vm_uuid):
+            return self._open(pair, vm_uuid, targets, view, tag, since)
+
+    def _open(
+        self, pair: str, vm_uuid: str, targets: Sequence[str], view: str, tag: str, since: Mapping[str, str]
+    ) -> dict[str, FrozenDisk]:
         self.settle(vm_uuid)
         planned = self.hypervisor.plan_overlays(vm_uuid, targets, tag)
         fresh = [self._intent(pair, vm_uuid, overlay, view) for overlay in planned]
@@ -179,9 +189,10 @@ class OverlayTracking:
         Raises:
             AgentError: of the first disk where that failed; the others are done.
         """
-        if self.hypervisor.state(vm_uuid) is not PowerState.OFF:
-            self.settle(vm_uuid)
-            self._each_disk(vm_uuid, lambda target: self._merge_others(vm_uuid, target, keep))
+        with self.fences.turn(vm_uuid):
+            if self.hypervisor.state(vm_uuid) is not PowerState.OFF:
+                self.settle(vm_uuid)
+                self._each_disk(vm_uuid, lambda target: self._merge_others(vm_uuid, target, keep))
 
     def end(self, vm_uuid: str) -> None:
         """Merge every overlay of ours, of the running VM or of the one that is off, and remove its files: the disks are
@@ -190,13 +201,14 @@ class OverlayTracking:
         Raises:
             AgentError: of the first disk where that failed; the others are done.
         """
-        if not self._records(vm_uuid):
-            return
-        self.settle(vm_uuid)
-        if self.hypervisor.state(vm_uuid) is PowerState.OFF:
-            self._each_disk(vm_uuid, lambda target: self._merge_closed(vm_uuid, target))
-        else:
-            self._each_disk(vm_uuid, lambda target: self._merge_others(vm_uuid, target, ()))
+        with self.fences.turn(vm_uuid):
+            if not self._records(vm_uuid):
+                return
+            self.settle(vm_uuid)
+            if self.hypervisor.state(vm_uuid) is PowerState.OFF:
+                self._each_disk(vm_uuid, lambda target: self._merge_closed(vm_uuid, target))
+            else:
+                self._each_disk(vm_uuid, lambda target: self._merge_others(vm_uuid, target, ()))
 
     def _each_disk(self, vm_uuid: str, act: Callable[[str], None]) -> None:
         failed: list[AgentError] = []

@@ -25,6 +25,7 @@ from agent.errors import (
 from agent.fences import FenceKeeper
 from agent.ledger import LockKind, TrackedImage, TrackingRecord, ViewRecord
 from agent.overlay_chain import FrozenDisk
+from agent.overlay_room import OverlayWatch, raw_disks
 from agent.overlays import OverlayTracking
 from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
 from agent.tags import tag_of
@@ -104,6 +105,9 @@ class ViewDesk:
             self.hypervisor.has_stalled,
         )
         self.overlays = OverlayTracking(self.hypervisor, self.fences)
+        self.room = OverlayWatch(self.limits, self._merge_early, self.hypervisor.has_stalled, self._is_off)
+        for vm_uuid in {record.vm_uuid for record in self._ledger.contents.overlays}:
+            self.room.watch(vm_uuid, self.overlays.files(vm_uuid))
         self._orphans = list(self._ledger.contents.views)
 
     def close_orphans(self) -> tuple[AgentError, ...]:
@@ -155,8 +159,17 @@ class ViewDesk:
         return opened.disks
 
     def given_up(self, vm_uuid: str, view: str) -> ScratchFull | None:
-        """Why that view, which is open, was given up; None when it was not."""
-        return self.scratch.reason(vm_uuid, view)
+        """Why that view, which was open, was given up; None when it was not."""
+        opened = self._open.get(vm_uuid)
+        return self.scratch.reason(vm_uuid, view) or (None if opened is not None else self.room.why(vm_uuid))
+
+    def _is_off(self, vm_uuid: str) -> bool:
+        return self.hypervisor.state(vm_uuid) is PowerState.OFF
+
+    def _merge_early(self, vm_uuid: str, _: str) -> None:
+        """Their room is scarce: the overlays of the running VM go, and the view that reads below them first."""
+        self.close_of(vm_uuid)
+        self.overlays.end(vm_uuid)
 
     def has_died(self, vm_uuid: str, view: str) -> bool:
         """Whether that view was served by a running VM that is off by now, or about to be."""
@@ -233,12 +246,14 @@ class ViewDesk:
         freeze_guest: bool,
     ) -> None:
         self._ledger.put_view(ViewRecord(vm_uuid=vm_uuid, view=opened.view))
-        raw = self._for_overlays(vm_uuid, targets) if overlay else ()
+        raw = raw_disks(self.overlays, self.room, vm_uuid, targets, opened.tell) if overlay else ()
         rest = [target for target in targets if target not in raw]
         with self._frozen(vm_uuid, opened, targets) if freeze_guest else contextlib.nullcontext():
             # First the overlays: libvirt takes no snapshot while a backup job runs.
             frozen = self.overlays.open(opened.pair, vm_uuid, raw, opened.view, tag_of(opened.view), since)
             served = self._serve(vm_uuid, rest, opened, track, since) if rest else None
+        if frozen:
+            self.room.watch(vm_uuid, self.overlays.files(vm_uuid))
         for disk in frozen.values():
             self._open_frozen(disk, opened, disk.target in since)
         if served is not None:
@@ -246,10 +261,6 @@ class ViewDesk:
                 opened.disks[target] = open_view(target, served.socket, served.exports[target])
             scratch_bytes = sum(opened.sizes[target] for target in rest)
             self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), scratch_bytes)
-
-    def _for_overlays(self, vm_uuid: str, targets: Sequence[str]) -> tuple[str, ...]:
-        domain = self.hypervisor.inspect(vm_uuid)
-        return tuple(target for target in targets if self.overlays.takes(domain, target))
 
     def _open_frozen(self, disk: FrozenDisk, opened: OpenedView, asked: bool) -> None:
         # A raw image is read without a lock: one is held lest an overlay is merged into it meanwhile.
@@ -344,6 +355,16 @@ class ViewDesk:
             return
         opened.since[target], opened.records[target] = view, record
 
+    def end_overlays(self, vm_uuid: str) -> None:
+        """Merge the overlays of that VM, which no view of it reads any more; see `OverlayTracking.end`."""
+        # The watch goes first, for it holds its own turn while it merges; and comes back where something is left.
+        self.room.end(vm_uuid)
+        try:
+            self.overlays.end(vm_uuid)
+        finally:
+            if self.overlays.files(vm_uuid):
+                self.room.watch(vm_uuid, self.overlays.files(vm_uuid))
+
     def close_of(self, vm_uuid: str) -> None:
         """End whatever view of that VM is open."""
         opened = self._open.get(vm_uuid)
@@ -365,7 +386,10 @@ class ViewDesk:
             self._orphans.remove(record)
 
     def close_all(self) -> tuple[AgentError, ...]:
-        """The agent is stopping: end every view, so that no guest goes on paying for it; returns what went wrong."""
+        """The agent is stopping: end every view, so that no guest goes on paying for it; returns what went wrong.
+        Overlays stay, unwatched until the next agent's start."""
+        for vm_uuid in {record.vm_uuid for record in self._ledger.contents.overlays}:
+            self.room.end(vm_uuid)
         failed: list[AgentError] = []
         for vm_uuid, opened in tuple(self._open.items()):
             try:

@@ -85,8 +85,9 @@ class TrackingDesk:
             AgentError: something could not be removed; asked again, it is tried again.
         """
         self.views.close_of(vm_uuid)
+        with contextlib.suppress(NoSuchDomain):
+            self.views.end_overlays(vm_uuid)
         with contextlib.suppress(NoSuchDomain), self.fences.turn(vm_uuid):
-            self.views.overlays.end(vm_uuid)
             domain = self.hypervisor.inspect(vm_uuid)
             if domain.state is PowerState.OFF:
                 self.hypervisor.drop_checkpoints(vm_uuid)

@@ -44,6 +44,7 @@ from agent.virt.names import (
 )
 from agent.virt.places import Places
 from agent.virt.seam import Image, PowerState, TrackOverlay
+from agent.virt.views import resume_stalled
 
 _POLL_S = 0.02
 _DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
@@ -204,6 +205,7 @@ def merge_overlays(
         # QEMU does not flush what an intermediate commit writes, and the guest's own flush went to the overlay.
         _fsync_open(base, into)
         _mend_definition(domain, overlays, into, disk)
+        resume_stalled(domain, facts.name)  # an overlay without room pauses its guest
 
 
 def _start(domain: Any, target: str, into: Path, top: Path, *, is_top: bool) -> None:

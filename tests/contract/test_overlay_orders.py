@@ -10,10 +10,12 @@ import pytest
 
 from agent.disk.allocated import allocated_ranges
 from agent.disk.seam import Disk
-from agent.errors import HypervisorError
+from agent.errors import DiskError, HypervisorError
+from agent.scratch import ScratchLimits
 from agent.sources import ViewDesk
 from agent.tracking import LiveRecord, OverlayedRecord
 from agent.tracking_desk import TrackingDesk
+from agent.virt.seam import PowerState
 from protocol.messages import ViewSince
 from tests.contract.hypervisor_rigs import LibvirtRig, Rig, Vm
 from tests.contract.overlay_rigs import PAIR, Life, chain, covered, differences, disk_content
@@ -170,3 +172,50 @@ def test_end_of_a_vm_that_is_off_refuses_to_pull_an_overlay_from_under_a_foreign
         desk.end(vm.uuid)
     assert disk_content(real, vm) == last
     assert len(chain(real, vm)) == 3
+
+
+@pytest.fixture
+def small(lab_folder: Path) -> Iterator[Path]:
+    """A file system of its own, of 64 MiB."""
+    folder = lab_folder / "disks"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.root
+def test_overlays_are_merged_before_they_fill_their_file_system(
+    real: LibvirtRig, small: Path, lab_folder: Path
+) -> None:
+    image = small / "data.raw"
+    subprocess.run(["truncate", "-s", "8M", str(image)], check=True)
+    vm = real.define(small, {"vda": (image, "raw")})
+    real.boot(vm)
+    life = Life(real, lab_folder / "state")
+    (lab_folder / "run").mkdir()
+    views = ViewDesk(real.host, life.fences, lab_folder / "run", ScratchLimits(reserve_bytes=1 << 20))
+    opened = views.open(PAIR, vm.uuid, ["vda"], "v1", track=True, overlay=True)
+    disk = opened.disks["vda"]
+    filler = small / "filler"
+    filler.write_bytes(bytes(40 << 20))
+    views.room.look()  # its thread may have been first
+    assert chain(real, vm, "vda") == [image]
+    assert real.host.state(vm.uuid) is PowerState.RUNNING
+    real.let_guest_write(vm)
+    with pytest.raises(DiskError):
+        read(disk)
+    reason = views.given_up(vm.uuid, "v1")
+    assert reason is not None
+    assert reason.code == "scratch-full"
+    filler.unlink()
+    opened = views.open(PAIR, vm.uuid, ["vda"], "v2", track=True, overlay=True, since={"vda": "v1"})
+    assert opened.since == {}
+    assert "merged lest they fill" in opened.why_not["vda"][0]
+    views.close(vm.uuid, "v2")
+    views.end_overlays(vm.uuid)
+    life.end()
+    real.host.force_off(vm.uuid, graceful=True)
+    assert vm.files() == {"data.raw"}
