@@ -21,6 +21,7 @@ import cattrs
 
 from agent.durable import replace_whole
 from agent.errors import AgentError
+from agent.overlay_record import OverlayRecord
 
 VERSION = 1
 
@@ -152,6 +153,7 @@ class Contents:
     conditions: tuple[ConditionRecord, ...] = ()
     protections: tuple[ProtectionRecord, ...] = ()
     views: tuple[ViewRecord, ...] = ()
+    overlays: tuple[OverlayRecord, ...] = ()
     thaws: tuple[ThawRecord, ...] = ()
     trackings: tuple[TrackingRecord, ...] = ()
 
@@ -339,6 +341,16 @@ class Ledger:
             )
         )
 
+    def put_overlays(self, *records: OverlayRecord) -> None:
+        """Add these records of live overlays, or replace those of the same files; one write."""
+        files = {record.overlay for record in records}
+        self._change(lambda old: replace(old, overlays=(*_not_of(old.overlays, files), *records)))
+
+    def drop_overlays(self, *records: OverlayRecord) -> None:
+        """Forget these overlays; one write."""
+        files = {record.overlay for record in records}
+        self._change(lambda old: replace(old, overlays=_not_of(old.overlays, files)))
+
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock_fd >= 0:
@@ -357,6 +369,10 @@ def _without(records: tuple[R, ...], vm_uuid: str) -> tuple[R, ...]:
 
 def _others(records: tuple[ProtectionRecord, ...], vm_uuid: str, snapshot: str) -> tuple[ProtectionRecord, ...]:
     return tuple(r for r in records if (r.vm_uuid, r.snapshot) != (vm_uuid, snapshot))
+
+
+def _not_of(records: tuple[OverlayRecord, ...], files: set[Path]) -> tuple[OverlayRecord, ...]:
+    return tuple(record for record in records if record.overlay not in files)
 
 
 def _converter() -> cattrs.Converter:

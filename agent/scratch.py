@@ -82,7 +82,9 @@ class Room:
 
 
 @dataclass
-class _Watched:
+class Watched:
+    """What is watched of one VM."""
+
     view: str
     worst_case_bytes: int
     rooms: dict[Path, Room]
@@ -105,7 +107,7 @@ class ScratchWatch:
         self._limits = limits
         self._give_up = give_up
         self._has_stalled = has_stalled
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[str, Watched] = {}
         self._turn = threading.RLock()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -118,7 +120,7 @@ class ScratchWatch:
         """
         folders = {_file_system(path.parent): path.parent for path in scratch}
         rooms = {folder: Room(self._limits, free_bytes(folder)) for folder in folders.values()}
-        watched = _Watched(view, worst_case_bytes, rooms)
+        watched = Watched(view, worst_case_bytes, rooms)
         for folder, room in rooms.items():
             if room.is_short(room.free_bytes):
                 raise _full(vm_uuid, watched, folder, room)
@@ -150,7 +152,7 @@ class ScratchWatch:
                     if watched.reason is not None:
                         self._end_view(vm_uuid, watched)
 
-    def _look_at(self, vm_uuid: str, watched: _Watched) -> ScratchFull | None:
+    def _look_at(self, vm_uuid: str, watched: Watched) -> ScratchFull | None:
         watched.looks += 1
         for folder, room in watched.rooms.items():
             if room.is_short(free_bytes(folder)):
@@ -163,7 +165,7 @@ class ScratchWatch:
             return None  # libvirt is away: it is asked again
         return _stalled(vm_uuid, watched) if stalled else None
 
-    def _end_view(self, vm_uuid: str, watched: _Watched) -> None:
+    def _end_view(self, vm_uuid: str, watched: Watched) -> None:
         assert watched.reason is not None
         log.warning("a view is given up", vm=vm_uuid, view=watched.view, reason=watched.reason.sentence)
         try:
@@ -196,7 +198,7 @@ def _file_system(folder: Path) -> int:
     return folder.stat().st_dev
 
 
-def _full(vm_uuid: str, watched: _Watched, folder: Path, room: Room) -> ScratchFull:
+def _full(vm_uuid: str, watched: Watched, folder: Path, room: Room) -> ScratchFull:
     return ScratchFull(
         f"the view {watched.view} was given up lest its scratch files fill {folder}: {room.free_bytes} bytes are free "
         f"there, {room.kept_bytes} must stay free for what the guest may still write (the scratch files can take "
@@ -209,7 +211,7 @@ def _full(vm_uuid: str, watched: _Watched, folder: Path, room: Room) -> ScratchF
     )
 
 
-def _stalled(vm_uuid: str, watched: _Watched) -> ScratchFull:
+def _stalled(vm_uuid: str, watched: Watched) -> ScratchFull:
     return ScratchFull(
         f"the view {watched.view} was given up because the guest was paused by an I/O error while it was open, "
         "and goes on now: look for a quota or thin pool under "

@@ -355,6 +355,7 @@ class AgentService:
                 request.targets,
                 request.view,
                 track=request.track is not Tracking.NONE,
+                overlay=request.track is Tracking.OVERLAY,
                 since={earlier.target: earlier.view for earlier in request.since},
                 freeze_guest=request.freeze_guest,
             )

@@ -11,7 +11,9 @@ from types import MappingProxyType
 
 import structlog
 
+from agent.disk.allocated import open_allocated
 from agent.disk.dirty import DirtyRanges, open_dirty_closed, open_dirty_view
+from agent.disk.lock import HeldImage, hold_frozen
 from agent.disk.open import open_source, open_view
 from agent.disk.seam import Disk
 from agent.errors import (
@@ -25,6 +27,9 @@ from agent.errors import (
 )
 from agent.fences import FenceKeeper
 from agent.ledger import LockKind, TrackedImage, TrackingRecord, ViewRecord
+from agent.overlay_chain import FrozenDisk
+from agent.overlay_room import OverlayWatch, raw_disks
+from agent.overlays import OverlayTracking
 from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
 from agent.tags import tag_of
 from agent.tracking import closed_record, earlier_views
@@ -55,6 +60,7 @@ class OpenedView:
     since: dict[str, str] = field(default_factory=dict)
     dirty: dict[str, DirtyRanges] = field(default_factory=dict)
     why_not: dict[str, list[str]] = field(default_factory=dict)
+    locks: list[HeldImage] = field(default_factory=list)
 
     def tell(self, target: str, reason: str) -> None:
         """Add a reason to `why_not`."""
@@ -82,6 +88,16 @@ class OpenedView:
                 opened.close()
         self.dirty.clear()
         self.disks.clear()
+        for lock in self.locks:
+            lock.close()
+        self.locks.clear()
+
+    def know_overlays(self, disk: FrozenDisk, *, asked: bool) -> None:
+        """What overlays know of a disk; `asked`: an earlier view was asked for."""
+        if disk.since is not None:
+            self.know(disk.target, disk.since, partial(open_allocated, disk.target, disk.image, disk.layers))
+        elif asked:
+            self.tell(disk.target, disk.why_not)
 
 
 @dataclass
@@ -102,6 +118,10 @@ class ViewDesk:
             lambda vm_uuid, view: self.hypervisor.close_view(vm_uuid, tag_of(view)),
             self.hypervisor.has_stalled,
         )
+        self.overlays = OverlayTracking(self.hypervisor, self.fences)
+        self.room = OverlayWatch(self.limits, self._merge_early, self.hypervisor.has_stalled, self._is_off)
+        for vm_uuid in {record.vm_uuid for record in self._ledger.contents.overlays}:
+            self.room.watch(vm_uuid, self.overlays.files(vm_uuid))
         self._orphans = list(self._ledger.contents.views)
 
     def close_orphans(self) -> tuple[AgentError, ...]:
@@ -157,8 +177,17 @@ class ViewDesk:
         return opened
 
     def given_up(self, vm_uuid: str, view: str) -> ScratchFull | None:
-        """Why that view, which is open, was given up; None when it was not."""
-        return self.scratch.reason(vm_uuid, view)
+        """Why that view, which was open, was given up; None when it was not."""
+        opened = self._open.get(vm_uuid)
+        return self.scratch.reason(vm_uuid, view) or (None if opened is not None else self.room.why(vm_uuid))
+
+    def _is_off(self, vm_uuid: str) -> bool:
+        return self.hypervisor.state(vm_uuid) is PowerState.OFF
+
+    def _merge_early(self, vm_uuid: str, _: str) -> None:
+        """Their room is scarce: the overlays of the running VM go, and the view that reads below them first."""
+        self.close_of(vm_uuid)
+        self.overlays.end(vm_uuid)
 
     def has_died(self, vm_uuid: str, view: str) -> bool:
         """Whether that view was served by a running VM that is off by now, or about to be."""
@@ -178,6 +207,7 @@ class ViewDesk:
         view: str,
         *,
         track: bool = False,
+        overlay: bool = False,
         since: Mapping[str, str] = MappingProxyType({}),
         freeze_guest: bool = False,
     ) -> OpenedView:
@@ -187,6 +217,9 @@ class ViewDesk:
         Args:
             pair, vm_uuid, targets, view: of which disks of which VM, for which pair, under which name.
             track: record what the guest writes from this view on, where that can be done.
+            overlay: and do it by live overlays for disks whose format has no dirty bitmaps. Their instant comes some
+                ten milliseconds before that of the other disks: disks agree with one another in the last view, which is
+                of the shut-off VM.
             since: by target, the earlier view since which it shall be known what was written.
             freeze_guest: freeze the guest's file systems for the instant of a live view.
 
@@ -207,7 +240,7 @@ class ViewDesk:
         opened = OpenedView(pair, view, live)
         try:
             if live:
-                self._open_live(vm_uuid, targets, opened, track, since, freeze_guest)
+                self._open_live(vm_uuid, targets, opened, track, overlay, since, freeze_guest)
             else:
                 self._open_closed(vm_uuid, targets, opened, since)
         except BaseException:
@@ -226,13 +259,40 @@ class ViewDesk:
         targets: Sequence[str],
         opened: OpenedView,
         track: bool,
+        overlay: bool,
         since: Mapping[str, str],
         freeze_guest: bool,
     ) -> None:
         self._ledger.put_view(ViewRecord(vm_uuid=vm_uuid, view=opened.view))
-        earlier, unknown = earlier_views(self._ledger, vm_uuid, since)
+        raw = raw_disks(self.overlays, self.room, vm_uuid, targets, opened.tell) if overlay else ()
+        rest = [target for target in targets if target not in raw]
         with self._frozen(vm_uuid, opened, targets) if freeze_guest else contextlib.nullcontext():
-            served = self.hypervisor.open_view(vm_uuid, targets, tag_of(opened.view), checkpoint=track, since=earlier)
+            # First the overlays: libvirt takes no snapshot while a backup job runs.
+            frozen = self.overlays.open(opened.pair, vm_uuid, raw, opened.view, tag_of(opened.view), since)
+            served = self._serve(vm_uuid, rest, opened, track, since) if rest else None
+        if frozen:
+            self.room.watch(vm_uuid, self.overlays.files(vm_uuid))
+        for disk in frozen.values():
+            self._open_frozen(disk, opened, disk.target in since)
+        if served is not None:
+            for target in rest:
+                opened.disks[target] = open_view(target, served.socket, served.exports[target])
+            scratch_bytes = sum(opened.sizes[target] for target in rest)
+            self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), scratch_bytes)
+
+    def _open_frozen(self, disk: FrozenDisk, opened: OpenedView, asked: bool) -> None:
+        # A raw image is read without a lock: one is held lest an overlay is merged into it meanwhile.
+        opened.locks.append(hold_frozen(disk.image))
+        opened.disks[disk.target] = open_source(disk.target, disk.image, disk.format, self.runtime_dir)
+        opened.tracked.add(disk.target)
+        opened.know_overlays(disk, asked=asked)
+
+    def _serve(
+        self, vm_uuid: str, targets: Sequence[str], opened: OpenedView, track: bool, since: Mapping[str, str]
+    ) -> View:
+        asked = {target: view for target, view in since.items() if target in targets}
+        earlier, unknown = earlier_views(self._ledger, vm_uuid, asked)
+        served = self.hypervisor.open_view(vm_uuid, targets, tag_of(opened.view), checkpoint=track, since=earlier)
         if track:
             self._remember(vm_uuid, opened, served)
         for target, reason in (*unknown.items(), *served.why_not.items()):
@@ -241,9 +301,7 @@ class ViewDesk:
             opened.know(
                 target, since[target], partial(open_dirty_view, target, served.socket, served.exports[target], context)
             )
-        for target in targets:
-            opened.disks[target] = open_view(target, served.socket, served.exports[target])
-        self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), sum(opened.sizes.values()))
+        return served
 
     def _remember(self, vm_uuid: str, opened: OpenedView, served: View) -> None:
         """Which images the view records the writes of, durably, before anybody builds on it."""
@@ -303,6 +361,9 @@ class ViewDesk:
     def _know_closed(
         self, vm_uuid: str, target: str, path: Path, image_format: str, opened: OpenedView, view: str
     ) -> None:
+        if self.overlays.has(vm_uuid, target):
+            opened.know_overlays(self.overlays.closed(vm_uuid, target, path, view), asked=True)
+            return
         tracked = self._ledger.tracked_image(vm_uuid, view, target)
         if tracked is None:
             opened.tell(target, f"nothing was recorded of the disk {target} from the view {view} on")
@@ -316,6 +377,16 @@ class ViewDesk:
             view,
             partial(open_dirty_closed, target, record.path, record.format, (record.bitmap,), self.runtime_dir),
         )
+
+    def end_overlays(self, vm_uuid: str) -> None:
+        """Merge the overlays of that VM, which no view of it reads any more; see `OverlayTracking.end`."""
+        # The watch goes first, for it holds its own turn while it merges; and comes back where something is left.
+        self.room.end(vm_uuid)
+        try:
+            self.overlays.end(vm_uuid)
+        finally:
+            if self.overlays.files(vm_uuid):
+                self.room.watch(vm_uuid, self.overlays.files(vm_uuid))
 
     def close_of(self, vm_uuid: str) -> None:
         """End whatever view of that VM is open."""
@@ -338,7 +409,10 @@ class ViewDesk:
             self._orphans.remove(record)
 
     def close_all(self) -> tuple[AgentError, ...]:
-        """The agent is stopping: end every view, so that no guest goes on paying for it; returns what went wrong."""
+        """The agent is stopping: end every view, so that no guest goes on paying for it; returns what went wrong.
+        Overlays stay, unwatched until the next agent's start."""
+        for vm_uuid in {record.vm_uuid for record in self._ledger.contents.overlays}:
+            self.room.end(vm_uuid)
         failed: list[AgentError] = []
         for vm_uuid, opened in tuple(self._open.items()):
             try:

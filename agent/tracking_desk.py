@@ -36,6 +36,8 @@ class TrackingDesk:
         """Forget the records of all views but those in `keep`; harmless when repeated, or when the VM is gone."""
         with contextlib.suppress(NoSuchDomain):
             self.hypervisor.drop_checkpoints(vm_uuid, [tag_of(view) for view in keep])
+            if not self.views.is_open(vm_uuid):  # else what it reads must stay; the next view merges as well
+                self.views.overlays.drop(vm_uuid, keep)
         self.fences.ledger.drop_trackings(vm_uuid, keep)
 
     def read(self, pair: str, vm_uuid: str, since: Sequence[ViewSince]) -> tuple[DiskTracking, ...]:
@@ -45,7 +47,19 @@ class TrackingDesk:
             NotFenced: nothing keeps the VM from starting in the middle of it.
         """
         fence = self.fences.required(vm_uuid, "replica", pair)
-        return tuple(self._read(fence, wanted) for wanted in since)
+        return tuple(self._read_overlays(vm_uuid, s) or self._read(fence, s) for s in since)
+
+    def _read_overlays(self, vm_uuid: str, wanted: ViewSince) -> DiskTracking | None:
+        if not self.views.overlays.has(vm_uuid, wanted.target):
+            return None
+        (written,) = self.views.overlays.read(vm_uuid, {wanted.target: wanted.view})
+        if written.since is None:
+            log.warning(
+                "what was written to a disk is not known", vm=vm_uuid, disk=wanted.target, reason=written.why_not
+            )
+        return DiskTracking(
+            target=written.target, since=written.since, dirty_bytes=written.dirty_bytes, why_not=written.why_not
+        )
 
     def _read(self, fence: FenceRecord, wanted: ViewSince) -> DiskTracking:
         target, view = wanted.target, wanted.view
@@ -71,6 +85,8 @@ class TrackingDesk:
             AgentError: something could not be removed; asked again, it is tried again.
         """
         self.views.close_of(vm_uuid)
+        with contextlib.suppress(NoSuchDomain):
+            self.views.end_overlays(vm_uuid)
         with contextlib.suppress(NoSuchDomain), self.fences.turn(vm_uuid):
             domain = self.hypervisor.inspect(vm_uuid)
             if domain.state is PowerState.OFF:

@@ -251,6 +251,44 @@ def _point_disk(disk: minidom.Element, image: ImageRef, older: minidom.Element |
     source.setAttribute(_PATH_ATTRIBUTE[kind], str(image.path))
 
 
+def disk_xml(xml: str, target: str) -> str:
+    """The ``<disk>`` of that target, as it stands in a domain's XML; empty when there is none."""
+    node = _disk_nodes(minidom.parseString(xml)).get(target)
+    return "" if node is None else node.toxml()
+
+
+def within_domain(disk: str) -> str:
+    """A document with that one ``<disk>``, as `point_disks_at` compares with."""
+    return f"<domain><devices>{disk}</devices></domain>"
+
+
+def mirror_is_ready(xml: str, target: str) -> bool:
+    """Whether the block job on that disk, by a running domain's XML, has caught up with the guest."""
+    for disk in ET.fromstring(xml).findall("devices/disk"):
+        if _target(disk) == target:
+            return _attribute(disk, "mirror", "ready") == "yes"
+    return False
+
+
+def point_snapshot_at(xml: str, target: str, gone: set[Path], image: ImageRef, *, like: str) -> str | None:
+    """A snapshot's metadata with that disk of the domain of before pointing at `image` where it was one of `gone`.
+
+    Returns None where there is nothing to change. `like`: see `point_disks_at`.
+    """
+    document = minidom.parseString(xml)
+    older = _disk_nodes(minidom.parseString(like)).get(target)
+    changed = False
+    for devices in document.getElementsByTagName("devices"):
+        for disk in _children(devices, "disk"):
+            before = _image_of_node(disk)
+            if _target_of_node(disk) == target and before is not None and before.path in gone:
+                _point_disk(disk, image, older if older is not None and _image_of_node(older) == image else None)
+                changed = True
+    root = document.documentElement
+    assert root is not None
+    return root.toxml() if changed else None
+
+
 def backup_xml(
     socket: Path, scratch: Mapping[str, Path], excluded: Iterable[str], since: Mapping[str, str] | None = None
 ) -> str:

@@ -11,10 +11,19 @@ from typing import Any
 import libvirt
 
 from agent.errors import HypervisorError, NoSuchDomain
-from agent.virt import checkpoints, guest_agent, inspection, protection, views
+from agent.virt import checkpoints, guest_agent, inspection, overlays, protection, views
 from agent.virt.connection import Connection, errors_of
 from agent.virt.places import Places, lib_dir_of
-from agent.virt.seam import NO_EARLIER_VIEW, Domain, EarlierView, HostFacts, Overlay, PowerState, View
+from agent.virt.seam import (
+    NO_EARLIER_VIEW,
+    Domain,
+    EarlierView,
+    HostFacts,
+    Overlay,
+    PowerState,
+    TrackOverlay,
+    View,
+)
 
 _RECHECK_S = 2.0  # an event may be lost with the connection that would have brought it
 
@@ -215,6 +224,30 @@ class LibvirtHost:
         domain = self._connection.domain(uuid)
         with errors_of("undoing its protective snapshot", domain.name()):
             protection.unprotect(domain, snapshot, overlays, self._places)
+
+    def plan_overlays(self, uuid: str, targets: Sequence[str], tag: str) -> tuple[TrackOverlay, ...]:
+        """See `agent.virt.seam.Hypervisor.plan_overlays`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("planning live overlays", domain.name()):
+            return overlays.plan_overlays(domain, targets, tag, self._places)
+
+    def begin_overlays(self, uuid: str, planned: Sequence[TrackOverlay]) -> None:
+        """See `agent.virt.seam.Hypervisor.begin_overlays`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("putting live overlays over its disks", domain.name()):
+            overlays.begin_overlays(domain, planned, self._places)
+
+    def merge_overlays(
+        self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay, *, timeout_s: float
+    ) -> None:
+        """See `agent.virt.seam.Hypervisor.merge_overlays`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("merging overlays", domain.name()):
+            overlays.merge_overlays(domain, paths, into, disk, self._places, timeout_s=timeout_s)
+
+    def forget_overlays(self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay) -> None:
+        """See `agent.virt.seam.Hypervisor.forget_overlays`."""
+        overlays.forget_overlays(self._connection.domain(uuid), paths, into, disk)
 
     def close(self) -> None:
         """See `agent.virt.seam.Hypervisor.close`."""

@@ -14,6 +14,9 @@ SNAPSHOT_PREFIX = "failback-"
 SNAPSHOT_MARK = "made by failback"
 """Our snapshots and checkpoints have names that begin with the one and descriptions that contain the other."""
 
+TRACK_MARK = ".failback-track-"
+"""In the name of every overlay that records what a running guest writes."""
+
 SOCKET_PATH_LIMIT_BYTES = 107  # sun_path holds 108 with its closing NUL: unix(7)
 FILE_NAME_LIMIT_BYTES = 255
 
@@ -91,3 +94,13 @@ def overlay_paths(bases: Mapping[str, ImageRef], snapshot: str, scratch_dir: Pat
         target: by_stem[target] if uses[by_stem[target]] == 1 else path(base, f"{base.path.name}.{target}")
         for target, base in bases.items()
     }
+
+
+def track_overlay_path(base: ImageRef, uuid: str, target: str, tag: str, scratch_dir: Path) -> Path:
+    """Where the overlay goes that records what is written to a disk from the view of that tag on.
+
+    Beside the disk, where QEMU may write (for a block device in `scratch_dir`); the name says whose it is. `base`: the
+    disk's own image, not an older overlay, so that names do not grow with every view.
+    """
+    folder = scratch_dir if base.block else base.path.parent
+    return folder / f"{base.path.stem}{TRACK_MARK}{uuid}-{target}-{tag.removeprefix(SNAPSHOT_PREFIX)}.qcow2"

@@ -186,6 +186,26 @@ class Overlay:
 NO_EARLIER_VIEW: Mapping[str, EarlierView] = {}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackOverlay:
+    """A live overlay of ours on one disk of a running domain: from it on, what the guest writes is in `overlay`.
+
+    Attributes:
+        target: the disk.
+        below: the image it stands on, frozen from then on: the disk's own, or an older overlay.
+        base: the disk's own image, under every overlay of ours; its format is raw.
+        overlay: the qcow2 file.
+        definition: the ``<disk>`` of the persistent definition as it was when the disk had no overlay of ours.
+    """
+
+    target: str
+    below: Path
+    base: Path
+    base_format: str
+    overlay: Path
+    definition: str
+
+
 class Hypervisor(Protocol):
     """A host that runs domains. Domains are named by UUID (canonical, lower case) except in `find`."""
 
@@ -278,6 +298,41 @@ class Hypervisor(Protocol):
     def unprotect(self, uuid: str, snapshot: str, overlays: Sequence[Overlay]) -> None:
         """Undo `protect`: the shut-off domain's disks point at their bases again, snapshot metadata and overlay
         files are gone. Whatever the overlays hold is lost. Harmless when repeated or half done before."""
+
+    def plan_overlays(self, uuid: str, targets: Sequence[str], tag: str) -> tuple[TrackOverlay, ...]:
+        """What `begin_overlays` would do to these disks of the running domain; changes nothing.
+
+        So that the caller can write down what it is about to do. An overlay of that tag that stands already is named
+        as it stands.
+        """
+
+    def begin_overlays(self, uuid: str, planned: Sequence[TrackOverlay]) -> None:
+        """Put these overlays over the running domain's disks, all at one instant, without a snapshot's metadata.
+
+        What lies below is flushed and frozen by it. Those that stand already stay. The domain's persistent definition
+        names them as well, so that it starts through them.
+        """
+
+    def merge_overlays(
+        self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay, *, timeout_s: float
+    ) -> None:
+        """Put what adjoining overlays of ours (`paths`, top first) hold into the image below them, durably, and take
+        them out of the running domain's disk; the guest sees the same bytes before, meanwhile and after.
+
+        It is a block job, which is taken up again when it runs already. The files stay: they are the caller's to
+        remove. Harmless when the disk does not read through them any more.
+
+        Args:
+            uuid: the domain.
+            paths: their files.
+            into: the image right below the last of them.
+            disk: any overlay of that disk, for its target, base and definition.
+            timeout_s: how long the job may take; it is ended then, and the chain is as it was.
+        """
+
+    def forget_overlays(self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay) -> None:
+        """Let the shut-off domain's disk stand on `into` instead of on `paths`, whose content the caller has put
+        there; where a protective snapshot of ours stands on them, its metadata say so too. Harmless when repeated."""
 
     def close(self) -> None:
         """Disconnect; running domains and jobs are left alone."""

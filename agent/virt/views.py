@@ -212,7 +212,7 @@ def close_view(domain: Any, tag: str, places: Places, other_ids: Iterable[int]) 
             )
         time.sleep(_END_POLL_S)
     if asked:
-        _resume_stalled(domain, facts.name)
+        resume_stalled(domain, facts.name)
     _remove(_files_of(facts, tag, places, other_ids))
 
 
@@ -231,7 +231,7 @@ def has_stalled(domain: Any) -> bool:
     return bool(domain.isActive()) and domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
 
 
-def _resume_stalled(domain: Any, name: str) -> None:
+def resume_stalled(domain: Any, name: str) -> None:
     """Let a guest go on that was paused by an I/O error while our job ran: a scratch file that is full does that. The
     write that failed is then tried again (QEMU's werror), so an error of the disk itself pauses it again."""
     with errors_of("resuming it", name):

@@ -301,6 +301,16 @@ class LibvirtRig:
         flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
         self._administrator.lookupByUUIDString(vm.uuid).blockCopy("vda", xml, {}, flags)
 
+    def take_foreign_snapshot(self, vm: Vm, target: str, overlay: Path) -> None:
+        """Someone else takes an external snapshot of that disk of the running VM, and keeps no metadata of it."""
+        import libvirt
+
+        others = "".join(f"<disk name='{other}' snapshot='no'/>" for other in vm.disks if other != target)
+        xml = f"""<domainsnapshot><disks>{others}<disk name='{target}' snapshot='external'>
+            <driver type='qcow2'/><source file='{overlay}'/></disk></disks></domainsnapshot>"""
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        self._administrator.lookupByUUIDString(vm.uuid).snapshotCreateXML(xml, flags)
+
     def dispose(self) -> None:
         import libvirt
 

@@ -29,6 +29,7 @@ from agent.virt.names import (
     overlay_paths,
     scratch_name,
     socket_name,
+    track_overlay_path,
 )
 from agent.virt.seam import (
     NO_EARLIER_VIEW,
@@ -41,6 +42,7 @@ from agent.virt.seam import (
     PowerState,
     Snapshot,
     SourceKind,
+    TrackOverlay,
     View,
 )
 
@@ -399,6 +401,43 @@ class FakeHypervisor:
             for overlay in known.values():
                 overlay.overlay.unlink(missing_ok=True)
 
+    def plan_overlays(self, uuid: str, targets: Sequence[str], tag: str) -> tuple[TrackOverlay, ...]:
+        check_tag(tag)
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.OFF:
+                raise HypervisorError(f"VM {domain.name} is off.", vm=domain.name)
+            return tuple(_plan_overlay(domain, target, tag, self.machine.folder) for target in targets)
+
+    def begin_overlays(self, uuid: str, planned: Sequence[TrackOverlay]) -> None:
+        with self._domain(uuid) as domain:
+            for overlay in planned:
+                top = _disk(domain, overlay.target)
+                if overlay.overlay in [image.path for image in top.chain()]:
+                    continue
+                if domain.view is not None:
+                    raise HypervisorError(f"VM {domain.name} has a backup running already.", vm=domain.name)
+                shutil.copyfile(top.path, overlay.overlay)
+                domain.disks[overlay.target] = FakeImage(overlay.overlay, "qcow2", top)
+
+    def merge_overlays(
+        self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay, *, timeout_s: float
+    ) -> None:
+        with self._domain(uuid) as domain:
+            left = [image for image in _disk(domain, disk.target).chain() if image.path in paths]
+            if left:
+                shutil.copyfile(left[0].path, into)
+            _unlink(domain, disk.target, paths)
+
+    def forget_overlays(self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay) -> None:
+        with self._domain(uuid) as domain:
+            _require_off(domain)
+            _unlink(domain, disk.target, paths)
+            for snapshot in domain.snapshots:
+                snapshot.overlays = tuple(
+                    replace(o, base=into, base_format=disk.base_format) if o.base in paths else o
+                    for o in snapshot.overlays
+                )
+
     def close(self) -> None:
         return
 
@@ -423,6 +462,28 @@ def _disk(domain: FakeDomain, target: str) -> FakeImage:
     if target not in domain.disks:
         raise HypervisorError(f"VM {domain.name} has no disk {target}.", vm=domain.name)
     return domain.disks[target]
+
+
+def _plan_overlay(domain: FakeDomain, target: str, tag: str, scratch_dir: Path) -> TrackOverlay:
+    *overlays, base = _disk(domain, target).chain()
+    if base.format != "raw":
+        raise HypervisorError(f"VM {domain.name}: its disk {target} is no raw image.", vm=domain.name)
+    path = track_overlay_path(ImageRef(path=base.path, format="raw"), domain.uuid, target, tag, scratch_dir)
+    paths = [image.path for image in (*overlays, base)]
+    below = paths[paths.index(path) + 1] if path in paths else paths[0]
+    return TrackOverlay(
+        target=target, below=below, base=base.path, base_format="raw", overlay=path, definition=f"<disk {target}/>"
+    )
+
+
+def _unlink(domain: FakeDomain, target: str, paths: Sequence[Path]) -> None:
+    """Take these images out of the disk's chain."""
+    below: FakeImage | None = None
+    for image in reversed(list(_disk(domain, target).chain())):
+        if image.path not in paths:
+            image.backing, below = below, image
+    assert below is not None
+    domain.disks[target] = below
 
 
 def _require_off(domain: FakeDomain) -> None:
