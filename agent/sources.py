@@ -40,7 +40,8 @@ class OpenedView:
 
     Attributes:
         tracked: targets whose writes are recorded from this view on.
-        since: by target, the earlier view since which it is told what was written, and `records`, where that is told.
+        since: by target, the earlier view since which it is told what was written.
+        records: where that is told; `dirty`: by target, what the pass has opened there.
         why_not: by target, reasons why it is not tracked, or does not know.
     """
 
@@ -51,6 +52,7 @@ class OpenedView:
     tracked: set[str] = field(default_factory=set)
     since: dict[str, str] = field(default_factory=dict)
     records: dict[str, LiveRecord | ClosedRecord] = field(default_factory=dict)
+    dirty: dict[str, object] = field(default_factory=dict)
     why_not: dict[str, list[str]] = field(default_factory=dict)
 
     def tell(self, target: str, reason: str) -> None:
