@@ -139,9 +139,8 @@ def drop_bitmaps(domain: Any, places: Places) -> None:
         return
     for tag, targets in _strays(facts, places).items():
         with errors_of(f"removing its bitmap {tag}", facts.name):
-            xml = checkpoint_xml(
-                tag, SNAPSHOT_MARK, targets, [d for d in facts.drives if d not in targets], created_s=0
-            )
+            left_out = [drive for drive in facts.drives if drive not in targets]
+            xml = checkpoint_xml(tag, SNAPSHOT_MARK, targets, left_out, created_s=0)
             domain.checkpointCreateXML(xml, libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
             _delete(domain, tag, for_real=True)
 

@@ -159,15 +159,13 @@ def test_a_small_scratch_never_leaves_the_guest_paused(
     (small / "vda.raw").symlink_to(disk)  # scratch files go beside the disk as the domain names it
     machine = machines.make([LabDisk("vda", small / "vda.raw", "raw")], role="filler")
     pauses: list[int] = []
+
+    def on_event(_connection: Any, _domain: Any, event: int, detail: int, _opaque: object) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+            pauses.append(detail)
+
     connection = machine.domain.connect()
-    watching = connection.domainEventRegisterAny(
-        machine.domain,
-        libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
-        lambda _c, _d, event, detail, _o: (
-            pauses.append(detail) if event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED else None
-        ),
-        None,
-    )
+    watching = connection.domainEventRegisterAny(machine.domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None)
     machine.boot()
     ledger = Ledger.open(lab_folder / "state")
     limits = ScratchLimits(used_percent=85 if reserve_bytes > 1 else 99, reserve_bytes=reserve_bytes)
@@ -194,6 +192,10 @@ def test_a_small_scratch_never_leaves_the_guest_paused(
 
 def _read_until_it_breaks(disk: Any) -> None:
     buffer = memoryview(bytearray(64 * 1024))
-    with pytest.raises(DiskError):
+
+    def read() -> None:
         for _ in range(100_000):
             disk.read_into(0, buffer)
+
+    with pytest.raises(DiskError):
+        read()

@@ -1,4 +1,4 @@
-"""What an agent's views record: remembered, read from closed images, removed. Images are real, the hypervisor is not."""
+"""What an agent's views record: remembered, read from closed images, removed; on real images."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from agent import sources
+from agent import scratch, sources
 from agent.disk.bitmaps import bitmaps_of
+from agent.disk.lock import hold_exclusive
 from agent.disk.raw import RawDisk
 from agent.errors import DiskError, HypervisorError
 from agent.fences import NotFenced
 from agent.ledger import TrackedImage, TrackingRecord
+from agent.scratch import ScratchFull
 from agent.sources import ViewDesk
 from agent.tags import tag_of
 from agent.virt.images import identity
 from agent.virt.seam import PowerState
 from protocol.messages import (
+    AllowPass,
     CloseView,
+    Direction,
     DiskTracking,
     DropCheckpoints,
     EndTracking,
+    FenceVm,
+    Grant,
+    GrantedDisk,
     OpenView,
     ReadTracking,
     Side,
@@ -35,7 +42,8 @@ from protocol.messages import (
     ViewSince,
 )
 from tests.fakes.hypervisor import FakeImage
-from tests.unit.agent_house import AgentHouse, is_locked, open_house, order
+from tests.fakes.memory_dirty import MemoryDirtyRanges
+from tests.unit.agent_house import GRANT, AgentHouse, is_locked, open_house, order
 
 MIB = 1 << 20
 
@@ -46,6 +54,7 @@ class Tracked:
 
     house: AgentHouse
     path: Path
+    contexts: list[str]
 
     async def open(self, view: str, since: str | None = None, *, freeze: bool = False) -> ViewedDisk:
         earlier = () if since is None else (ViewSince(target="vdb", view=since),)
@@ -101,19 +110,23 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracked
         def from_file(target: str, _socket: Path, _export: str) -> RawDisk:
             return RawDisk.open(target, path, writable=False)
 
+        def contexts(_target: str, _socket: Path, _export: str, context: str) -> MemoryDirtyRanges:
+            told.append(context)
+            return MemoryDirtyRanges(8 * MIB, [])
+
+        told: list[str] = []
         monkeypatch.setattr(sources, "open_view", from_file)
-        yield Tracked(house, path)
+        monkeypatch.setattr(sources, "open_dirty_view", contexts)
+        yield Tracked(house, path, told)
 
 
 async def _fence(tracked: Tracked) -> None:
-    from protocol.messages import FenceVm
-
     await tracked.house.ask(
         FenceVm(order=order(), vm_uuid=tracked.house.vm.uuid, side=Side.REPLICA, targets=("vda", "vdb"))
     )
 
 
-# --- live views ---------------------------------------------------------------------------------------------------------
+# --- live views -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_live_view_says_what_it_records_and_what_it_knows(tracked: Tracked) -> None:
@@ -123,8 +136,8 @@ async def test_a_live_view_says_what_it_records_and_what_it_knows(tracked: Track
     second = await tracked.open("r1-2", since="r1-1")
     assert (second.tracked, second.since, second.why_not) == (True, "r1-1", "")
     opened = tracked.house.service.views._open[tracked.house.vm.uuid]
-    assert isinstance(opened.records["vdb"], sources.LiveRecord)
-    assert opened.records["vdb"].context == "qemu:dirty-bitmap:since-vdb"
+    assert set(opened.dirty) == {"vdb"}
+    assert tracked.contexts == ["qemu:dirty-bitmap:since-vdb"]
     await tracked.close("r1-2")
 
 
@@ -180,7 +193,37 @@ async def test_dropped_views_are_forgotten_and_kept_ones_are_not(tracked: Tracke
     assert tracked.house.service.ledger.contents.trackings == ()
 
 
-# --- frozen guests ------------------------------------------------------------------------------------------------------
+async def test_a_pass_whose_view_was_given_up_says_that_and_not_that_its_disk_failed(
+    tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = tracked.house
+    house.vm.state = PowerState.RUNNING
+    await tracked.open("r1-1")
+    size_bytes = house.service.views.disks(house.vm.uuid, "r1-1")["vdb"].size_bytes
+
+    async def broken(*_: object) -> None:
+        monkeypatch.setattr(scratch, "free_bytes", lambda _: 1)
+        house.service.views.scratch.look()
+        raise DiskError("the NBD server closed the connection")
+
+    monkeypatch.setattr(house.service.passes, "send", broken)
+    disk = GrantedDisk(target="vdb", peer_target="vdb", source_size_bytes=size_bytes, target_size_bytes=size_bytes)
+    grant = Grant(
+        grant=GRANT,
+        vm_uuid=house.vm.uuid,
+        direction=Direction.SEND,
+        peer_fingerprint="11" * 32,
+        view="r1-1",
+        disks=(disk,),
+    )
+    await house.ask(AllowPass(order=order(), grant=grant))
+    with pytest.raises(ScratchFull):
+        await house.ask(house.run_pass())
+    assert house.vm.view is None
+    await tracked.close("r1-1")
+
+
+# --- frozen guests ----------------------------------------------------------------------------------------------------
 
 
 async def test_a_guest_is_frozen_for_the_view_and_thawed(tracked: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,20 +265,24 @@ async def test_a_view_that_fails_leaves_no_guest_frozen(tracked: Tracked, monkey
     assert not house.vm.frozen
 
 
+def _is_frozen(tracked: Tracked) -> bool:
+    return tracked.house.vm.frozen
+
+
 async def test_a_thaw_that_failed_is_owed_also_by_the_next_agent(tracked: Tracked) -> None:
     house = tracked.house
     house.vm.state, house.vm.has_agent, house.vm.agent_hangs = PowerState.RUNNING, True, True
     await tracked.open("r1-1", freeze=True)
-    assert house.vm.frozen
+    assert _is_frozen(tracked)
     desk = ViewDesk(house.service.hypervisor, house.service.fences, house.folder)
     assert len(desk.thaw_owed()) == 1
     house.vm.agent_hangs = False
     assert desk.thaw_owed() == ()
-    assert not house.vm.frozen
+    assert not _is_frozen(tracked)
     assert house.service.ledger.contents.thaws == ()
 
 
-# --- closed images ------------------------------------------------------------------------------------------------------
+# --- closed images ----------------------------------------------------------------------------------------------------
 
 
 async def test_a_closed_bitmap_is_counted_under_the_fence(tracked: Tracked) -> None:
@@ -254,7 +301,7 @@ async def test_a_closed_view_knows_where_its_record_is(tracked: Tracked) -> None
     disk = await tracked.open("r1-2", since="r1-1")
     assert (disk.tracked, disk.since) == (False, "r1-1")
     opened = tracked.house.service.views._open[tracked.house.vm.uuid]
-    assert opened.records["vdb"] == sources.ClosedRecord(tracked.path, "qcow2", tag_of("r1-1"))
+    assert list(opened.dirty["vdb"].ranges(0, 8 * MIB)) == []
 
 
 @pytest.mark.parametrize(
@@ -286,6 +333,15 @@ async def test_a_record_that_does_not_hold_is_told_with_its_reason(tracked: Trac
     assert (await tracked.open("r1-2", since="r1-7" if spoil == "unknown" else "r1-1")).since is None
 
 
+def _content(path: Path) -> bytes:
+    """What a guest would read."""
+    flat = path.with_suffix(".flat")
+    _run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(path), str(flat))
+    content = flat.read_bytes()
+    assert content
+    return content
+
+
 def _leave_in_use(path: Path) -> None:
     """Open the image for writing, write, and die without saving its bitmaps."""
     commands = "write -q 0 4096\nflush\nabort\n"
@@ -298,29 +354,20 @@ async def test_ours_are_removed_from_the_closed_image_and_nothing_else(tracked: 
     tracked.record("r1-1")
     tracked.record("r1-2")
     tracked.record("other", bitmap="weekly")
+    tracked.write(1 * MIB, 128 * 1024)
     _leave_in_use(tracked.path)
-    before = subprocess.run(
-        ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(tracked.path), "/dev/stdout"],
-        capture_output=True,
-        check=False,
-    ).stdout
+    before = _content(tracked.path)
     if fenced:
         await _fence(tracked)
     await tracked.end()
     await tracked.end()
     assert tracked.bitmaps() == {"weekly"}
     assert is_locked(tracked.path) is fenced
-    after = subprocess.run(
-        ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(tracked.path), "/dev/stdout"],
-        capture_output=True,
-        check=False,
-    ).stdout
+    after = _content(tracked.path)
     assert after == before
 
 
 async def test_an_image_that_somebody_uses_keeps_its_bitmaps_until_asked_again(tracked: Tracked) -> None:
-    from agent.disk.lock import hold_exclusive
-
     tracked.record("r1-1")
     held = hold_exclusive(tracked.path)
     with pytest.raises(DiskError, match="bitmap"):
