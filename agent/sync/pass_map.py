@@ -73,6 +73,7 @@ class PassMap:
             entries.append(np.zeros((end - first, DIGEST_BYTES), dtype=np.uint8))
             known.append(np.zeros(end - first, dtype=bool))
             with self._held():
+                self._require()
                 window = self._window(number)
                 entries[-1][:], known[-1][:] = window.entries[first:end], window.known[first:end]
         return np.concatenate(entries), np.concatenate(known)
@@ -89,6 +90,7 @@ class PassMap:
         at = 0
         for number, first, end in _parts(runs):
             with self._held():
+                self._require()
                 self._window(number).enter(first, rows[at : at + end - first])
             at += end - first
 
@@ -98,6 +100,7 @@ class PassMap:
             first, behind = whole_blocks(self.shape, offset, length)
             if first < behind:
                 with self._held():
+                    self._require()
                     self._enter_zero_blocks(first, behind)
 
     def _enter_zero_blocks(self, first: int, behind: int) -> None:
@@ -155,6 +158,7 @@ class PassMap:
                 other writes touch are left out.
         """
         with self._held():
+            self._require()
             for first in written:
                 self._unproven.pop(first, None)
             rows = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
@@ -191,6 +195,7 @@ class PassMap:
             stamp: of the closed image, None for a block device.
         """
         with self._held():
+            self._require()
             for ranges in self._unproven.values():
                 self._forget(ranges)
             self._unproven.clear()
@@ -209,6 +214,7 @@ class PassMap:
     def close(self) -> None:
         """Let go of a map that was only looked up."""
         with self._held():
+            self._require()
             self._windows.clear()
             self._file.close()
 
@@ -217,6 +223,7 @@ class PassMap:
         """How much of the disk is known; what is about to be overwritten counts until the end."""
         known: list[int] = []
         with self._held():
+            self._require()
             self._store()
             known.append(self._file.stored_bytes)
         return sum(known)
@@ -235,14 +242,16 @@ class PassMap:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        """One thread at a time; skipped over when the map is given up, before or inside."""
+        """One thread at a time. What follows `_require` is left out when the map was given up, and ends where it is."""
         with self._turn, contextlib.suppress(_GivenUp):
             try:
-                if self.lost:
-                    raise _GivenUp
                 yield
             except OSError as error:
                 self._failed(error)
+
+    def _require(self) -> None:
+        if self.lost:
+            raise _GivenUp
 
     def _failed(self, error: OSError) -> None:
         room = "; free some room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
