@@ -36,7 +36,8 @@ class Meter:
     access: str = ""
     rung: str = RUNG
     why_not_higher: str = WHY_NOT_HIGHER
-    mapped_bytes: int = 0
+    mapped_bytes: int = 0  # of what was asked about: known from the digest map
+    unmapped_bytes: int = 0  # not known from it
     differing_bytes: int = 0
     differing: list[ByteRange] = field(default_factory=list)
 
@@ -49,11 +50,11 @@ class Meter:
 
     def name_rung(self, lost: str) -> None:
         """The target kept a digest map; `lost`: why it was given up in the middle, a clause, or empty."""
-        if self.mapped_bytes > self.compared_bytes:
+        if self.mapped_bytes > self.unmapped_bytes:
             self.rung, self.why_not_higher = RUNG_MAP, WHY_NOT_BITMAP
         elif lost:
             self.why_not_higher = f"the digest map of this disk was given up: {lost}"
-        elif self.compared_bytes:
+        elif self.unmapped_bytes:
             self.why_not_higher = "the digest map of this disk did not know most of it yet, so both sides were read"
 
     def progress(self) -> DiskProgress:

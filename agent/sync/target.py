@@ -204,6 +204,7 @@ class TargetPass:
         read_bytes = min(answered.read_bytes, question.data_bytes)
         self.meter.compared_bytes += read_bytes
         self.meter.mapped_bytes += answered.mapped_bytes
+        self.meter.unmapped_bytes += question.data_bytes - answered.mapped_bytes
         books.asked_bytes -= question.data_bytes
         if books.allowed.open_spans > MAX_OPEN_SPANS:
             raise PeerViolation(f"{MAX_OPEN_SPANS} answered spans differ, and nothing was sent for any of them")

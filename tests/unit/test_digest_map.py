@@ -160,7 +160,12 @@ def test_a_mark_is_synced_once_however_often_the_group_is_written(
 ) -> None:
     synced: list[int] = []
     real = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), real(fd))[1])
+
+    def counted(fd: int) -> None:
+        synced.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
     made = MapFile.create(tmp_path / "a.map", replace(HEADER, size_bytes=8 * GROUP_BYTES))
     made.mark([0, 1, 2])
     made.mark([2, 1])

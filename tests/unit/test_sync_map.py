@@ -378,7 +378,12 @@ async def test_the_first_write_to_each_gib_costs_one_sync_of_the_map_and_no_writ
     digest_map = MapHouse(tmp_path / "a.map", size).begin()
     synced: list[int] = []
     real = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), real(fd))[1])
+
+    def counted(fd: int) -> None:
+        synced.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
     for at in range(0, size, 16 * MIB):
         digest_map.about_to_write(np.array([(at, P)], dtype=np.uint64))
     assert len(synced) == 4
