@@ -8,7 +8,6 @@ crash costs the groups that were written to. What is damaged counts as unknown.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
@@ -132,23 +131,25 @@ class MapFile:
         self.path = path
         self.header = header
         self._fd = fd
+        self._is_named = True  # durably
         self._shape = header.shape
         self._layout = _Layout.of(header.size_bytes)
         self._marks = bytearray(os.pread(fd, self._layout.groups, HEADER_BYTES).ljust(self._layout.groups, _CLEAN))
 
     @classmethod
     def create(cls, path: Path, header: Header) -> MapFile:
-        """A new map that knows nothing, in place of any other at `path`; durable."""
+        """A new map that knows nothing, in place of any other at `path`.
+
+        It need not be durable yet: after a crash there may be none. The one before must be gone for good.
+        """
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        remove_map(path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, map_bytes(header.size_bytes))
             made = cls(path, fd, header)
             made._put_header(header)
-            os.fsync(fd)
-            _sync_folder(path.parent)
+            made._is_named = False
         except OSError:
             os.close(fd)
             raise
@@ -266,10 +267,14 @@ class MapFile:
 
     def settle(self, view: str | None, stamp: Stamp | None) -> None:
         """Everything that is stored counts from now on, durably, for an image with that stamp, which equals `view`."""
-        os.fdatasync(self._fd)
-        self._clear_marks()
+        if any(self._marks):  # what is stored must be durable before it counts; without marks it counts already
+            os.fdatasync(self._fd)
+            self._clear_marks()
         self._put_header(replace(self.header, view=view, stamp=stamp))
         os.fdatasync(self._fd)
+        if not self._is_named:
+            _sync_folder(self.path.parent)
+            self._is_named = True
 
     def _forget_marked(self) -> None:
         """Whoever set these marks did not come to `settle`: what is stored there never counts again."""
