@@ -7,8 +7,6 @@ compares.
 from __future__ import annotations
 
 import json
-import os
-import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,40 +15,19 @@ from pathlib import Path
 import cattrs
 import structlog
 
+from agent.disk.stamp import Stamp
 from agent.durable import replace_whole
 from agent.errors import AgentError
 
 log = structlog.get_logger("failback.agent")
 
 VERSION = 1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SECOND_NS = 1_000_000_000
 
 
 class EqualsError(AgentError):
     """The record cannot be written; nothing is written to a disk then either."""
 
     code = "ledger"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
-    """What the file system says of a file. Unchanged, nobody wrote to the file meanwhile.
-
-    Attributes:
-        device, inode: which file.
-        size_bytes: its size.
-        mtime_ns, ctime_ns: when its content and its inode changed last.
-        boot: of the host (random(4), ``boot_id``). After another boot the rest proves nothing: fdatasync(2) makes data
-            durable without the times, so that a host that died may have kept a write and lost the trace of it.
-    """
-
-    device: int
-    inode: int
-    size_bytes: int
-    mtime_ns: int
-    ctime_ns: int
-    boot: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,28 +109,3 @@ class EqualsBook:
 
 def _is_of(record: EqualsRecord, vm_uuid: str, target: str | None) -> bool:
     return record.vm_uuid == vm_uuid and target in (None, record.target)
-
-
-def stamp_of(fd: int) -> Stamp | None:
-    """The stamp of an open file; None where it would prove nothing: a block device, a file system that keeps whole
-    seconds, a host that does not name its boots.
-
-    Raises:
-        OSError: the file cannot be asked.
-    """
-    status = os.fstat(fd)
-    whole_seconds = status.st_mtime_ns % _SECOND_NS == 0 and status.st_ctime_ns % _SECOND_NS == 0
-    if not stat.S_ISREG(status.st_mode) or whole_seconds:
-        return None
-    try:
-        boot = _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return Stamp(
-        device=status.st_dev,
-        inode=status.st_ino,
-        size_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        ctime_ns=status.st_ctime_ns,
-        boot=boot,
-    )

@@ -15,10 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from agent.disk.lock import HeldImage
-from agent.equals import EqualsBook, EqualsRecord, Stamp, stamp_of
+from agent.disk.stamp import Stamp, stamp_of
+from agent.equals import EqualsBook, EqualsRecord
 from agent.errors import NoEvidence
 from agent.fences import FenceKeeper
 from agent.ledger import FencedImage
+from agent.maps import MapDesk
 from protocol.messages import Evidence, GrantedDisk, TargetEvidence
 
 SETTLE_S = 0.02
@@ -40,6 +42,7 @@ class EvidenceDesk:
 
     fences: FenceKeeper
     book: EqualsBook
+    maps: MapDesk
     _under: dict[tuple[str, str], HeldImage] = field(default_factory=dict)
     """By VM and target: the very lock that has been held since the record was made or was proven by its stamp."""
 
@@ -50,14 +53,14 @@ class EvidenceDesk:
         return Evidence(disks=tuple(self._told(vm_uuid, target) for target in targets))
 
     def _told(self, vm_uuid: str, target: str) -> TargetEvidence:
-        proof = self.proof(vm_uuid, target)
+        proof, digest_map = self.proof(vm_uuid, target), self.maps.told(vm_uuid, target)
         return TargetEvidence(
             target=target,
             equals=proof.view,
             why_not=proof.why_not,
-            map_seed=None,
-            map_known_bytes=0,
-            why_no_map="this agent keeps no digest map of the disk",
+            map_seed=digest_map.seed,
+            map_known_bytes=digest_map.known_bytes,
+            why_no_map=digest_map.why_not,
         )
 
     def proof(self, vm_uuid: str, target: str) -> Proof:
@@ -186,12 +189,9 @@ def _touched(record: EqualsRecord, now: Stamp | None, *, under_lock: bool) -> st
         )
     if now is None:
         return f"{record.path} is another kind of file than it was"
-    if under_lock:
-        now = replace(now, ctime_ns=then.ctime_ns, boot=then.boot)
-    if now.boot != then.boot:
+    changed = then.changed_to(now, under_lock=under_lock)
+    if "boot" in changed:
         return "the lock was lost and the host was started anew since, so that the times of the file prove nothing"
-    if now != then:
-        names = ("device", "inode", "size_bytes", "mtime_ns", "ctime_ns")
-        changed = [name for name in names if getattr(now, name) != getattr(then, name)]
+    if changed:
         return f"{record.path} was changed since by somebody else ({', '.join(changed)})"
     return ""

@@ -24,6 +24,7 @@ from agent.errors import AgentError, Forbidden, HypervisorError
 from agent.evidence import EvidenceDesk
 from agent.fences import Fenced, FenceKeeper, Torn
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
+from agent.maps import MapDesk
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
 from agent.scratch import ScratchLimits
@@ -103,7 +104,8 @@ class AgentService:
         limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
         self.tracking = TrackingDesk(self.hypervisor, self.fences, self.views, self.config.runtime_dir)
-        self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder))
+        self.maps = MapDesk(self.config.state_dir, self.fences)
+        self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder), self.maps)
         self.runner = PassRunner(
             self.passes,
             self.views,
@@ -112,6 +114,7 @@ class AgentService:
             self.client_context,
             self.config.runtime_dir,
             self.evidence,
+            self.maps,
         )
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
@@ -328,7 +331,7 @@ class AgentService:
         uuid, condition = request.vm_uuid, DiskCondition(request.condition.value)
         view = request.view if condition is DiskCondition.EQUALS_VIEW else None
         record = ConditionRecord(vm_uuid=uuid, condition=condition, view=view)
-        if condition is not DiskCondition.TORN and self.passes.is_running(request.order.pair):
+        if condition is not DiskCondition.TORN and self.passes.is_writing(request.order.pair):
             raise Torn(f"a pass of the pair {request.order.pair} is still writing: let it end first")
 
         def put() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from agent.delta.pack import Packed
-from protocol.messages import DiskProgress, DiskReport, GrantedDisk
+from protocol.messages import ByteRange, DiskProgress, DiskReport, GrantedDisk
 
 RUNG = "digests"
+RUNG_MAP = "map"
 TRACKED_RUNG = "bitmap"
+WHY_NOT_BITMAP = "no dirty bitmap of this disk is at hand since a view that the target equals"
 WHY_NOT_HIGHER = "no dirty bitmap and no digest map of this disk is at hand, so both sides are read and hashed"
 
 
@@ -37,6 +39,10 @@ class Meter:
     work_bytes: int | None = None  # what is to be settled, where it is not the whole disk
     rung: str = RUNG
     why_not_higher: str = WHY_NOT_HIGHER
+    mapped_bytes: int = 0  # of what was asked about: known from the digest map
+    unmapped_bytes: int = 0  # not known from it
+    differing_bytes: int = 0
+    differing: list[ByteRange] = field(default_factory=list)
 
     @classmethod
     def of(cls, granted: GrantedDisk, why_not: str | None = None) -> Meter:
@@ -54,6 +60,20 @@ class Meter:
         self.frames[kind] = self.frames.get(kind, 0) + 1
         self.changed_bytes += packed.plain_bytes
         self.stored_bytes += stored_bytes
+
+    def name_rung(self, lost: str) -> None:
+        """The target kept a digest map; `lost`: why it was given up in the middle, a clause, or empty. A rung above the
+        map's stays."""
+        if self.rung != RUNG:
+            return
+        if self.mapped_bytes > self.unmapped_bytes:
+            self.rung = RUNG_MAP
+            if self.why_not_higher == WHY_NOT_HIGHER:
+                self.why_not_higher = WHY_NOT_BITMAP
+        elif lost:
+            self.why_not_higher = f"the digest map of this disk was given up: {lost}"
+        elif self.unmapped_bytes:
+            self.why_not_higher = "the digest map of this disk did not know most of it yet, so both sides were read"
 
     def progress(self) -> DiskProgress:
         """How far the disk is."""
@@ -88,4 +108,6 @@ class Meter:
             detail_bytes=self.detail_bytes,
             access=self.access,
             unchanged_bytes=self.unchanged_bytes,
+            differing_bytes=self.differing_bytes,
+            differing=tuple(self.differing),
         )

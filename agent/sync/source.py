@@ -21,7 +21,7 @@ from agent.delta.granularity import Seen
 from agent.delta.pack import Packed
 from agent.delta.tracked import plan_tracked, whole_blocks
 from agent.disk.dirty import DirtyRanges
-from agent.disk.seam import Disk
+from agent.disk.seam import Disk, Extent
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane
@@ -119,7 +119,7 @@ class SourcePass:
 
     async def _spans(self) -> Iterator[Span]:
         if self.dirty is None:
-            return plan_spans(self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self._batch_bytes)
+            return plan_spans(self._extents(), self.size_bytes, batch_bytes=self._batch_bytes)
         # Counted beforehand, so that progress has an end; a bitmap is read in no time.
         counting = whole_blocks(self.dirty.ranges(0, self.size_bytes), self.size_bytes)
         self.meter.work_bytes = 0
@@ -127,6 +127,9 @@ class SourcePass:
             self.meter.work_bytes += sum(end - start for start, end in runs)
         written = self.dirty.ranges(0, self.size_bytes)
         return plan_tracked(written, self.disk.extents, self.size_bytes, batch_bytes=self._batch_bytes)
+
+    def _extents(self) -> Iterator[Extent]:
+        return self.disk.extents(0, self.size_bytes)
 
     def _batch_bytes(self) -> int:
         """Data of the next span: no more than may be asked about at once. Under a limit about what may be read in a

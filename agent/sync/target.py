@@ -19,8 +19,9 @@ from agent.disk.seam import Disk
 from agent.errors import NoEvidence, SyncError
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane, Wire
-from agent.sync.hashing import answer_span
+from agent.sync.map_answers import answer_with_map
 from agent.sync.meter import Meter
+from agent.sync.pass_map import PassMap
 from agent.sync.payloads import (
     Allowed,
     Coverage,
@@ -84,6 +85,7 @@ class TargetPass:
         before_first_write: awaited once before anything is written: marks the original torn.
         since: the view that the disk equals, as the grant says and the caller has proven: what was not written since
             then is unchanged, and everything else is told by tracked spans. None: everything is compared.
+        digest_map: what the disk's blocks hold, as far as it is known; of this pass's seed.
     """
 
     disk: Disk
@@ -96,6 +98,7 @@ class TargetPass:
     before_first_write: Callable[[], Awaitable[None]]
     meter: Meter
     since: str | None = None
+    digest_map: PassMap | None = None
 
     def __post_init__(self) -> None:
         self._readers = trio.Semaphore(self.disk.readers)
@@ -103,7 +106,7 @@ class TargetPass:
         self._everything_came = trio.Event()
         self._lanes_expected: int | None = None
         self._lanes_ended = 0
-        self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter)
+        self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter, self.digest_map)
         self.meter.access = self.disk.access
 
     async def run(self) -> None:
@@ -247,15 +250,23 @@ class TargetPass:
 
     async def _answer(self, lane: Lane, books: LaneBooks, question: Question) -> None:
         async with self._readers:
-            await self.limits.read.take(question.data_bytes)
+            if self.digest_map is None:
+                await self.limits.read.take(question.data_bytes)
             buffer = await self.buffers.take()
             try:
-                told, read_bytes = await self.talk.threads.on_disk(
-                    partial(answer_span, self.disk, question, buffer, seed=self.seed)
+                answered = await self.talk.threads.on_disk(
+                    partial(answer_with_map, self.disk, question, buffer, seed=self.seed, digest_map=self.digest_map)
                 )
             finally:
                 self.buffers.give(buffer)
+            if self.digest_map is not None:
+                await self.limits.read.take(answered.read_bytes)  # only now is it known
+        told = answered.answer
+        # A block that the map did not know and whose pages were told was read twice: an answer tells no more than all.
+        read_bytes = min(answered.read_bytes, question.data_bytes)
         self.meter.compared_bytes += read_bytes
+        self.meter.mapped_bytes += answered.mapped_bytes
+        self.meter.unmapped_bytes += question.data_bytes - answered.mapped_bytes
         books.asked_bytes -= question.data_bytes
         self._check_open(books)
         books.allowed.open(question.message.offset_bytes, question.superblocks[told.differs])
@@ -277,6 +288,8 @@ class TargetPass:
                 f"and {self.meter.verified_bytes} verified; run the pass again"
             )
         self.meter.settled_bytes = self.source_size_bytes
+        if self.digest_map is not None:
+            self.meter.name_rung(self.digest_map.lost)
         self.meter.past_cache = self.disk.reads_back_past_cache
         self.meter.lanes = len(self.talk.lanes)
         verified = PassVerified(

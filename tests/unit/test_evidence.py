@@ -14,6 +14,7 @@ from agent.equals import EqualsBook
 from agent.errors import NoEvidence
 from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
+from agent.maps import MapDesk
 from agent.passrun import _check_written
 from agent.sources import OpenedView
 from protocol.messages import AskEvidence, Evidence, GrantedDisk, LiftFence, PowerOn
@@ -59,7 +60,11 @@ class House:
         service.fences.close()
         service.fences = FenceKeeper(service.ledger, service.hypervisor)
         assert not service.fences.restore()
-        service.evidence = EvidenceDesk(service.fences, EqualsBook.open(service.ledger.folder))
+        service.evidence = EvidenceDesk(
+            service.fences,
+            EqualsBook.open(service.ledger.folder),
+            MapDesk(service.config.state_dir, service.fences),
+        )
         return service.evidence
 
 

@@ -1,0 +1,393 @@
+"""Passes with a digest map: what it knows at the end is what the disk holds, and what it knows is not read again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES
+from agent.delta.digest_map import WINDOW_BYTES
+from agent.delta.digests import block_digests
+from agent.delta.granularity import Granularity
+from agent.errors import DiskError
+from agent.sync import pass_map
+from agent.sync.buffers import TARGET_BUFFER_BYTES, BufferPool
+from agent.sync.map_answers import MapContradicted
+from agent.sync.map_file import GROUP_WINDOWS, Header, MapFile, NoMap, map_bytes
+from agent.sync.pass_map import PassMap
+from agent.sync.tuning import Tuning
+from protocol.messages import BlockData
+from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
+from tests.fakes.pass_bench import SEED, CountingThreads, PassRun, run_disks
+from tests.fakes.sparse_disk import SparseDisk, SparseStorage
+from tests.fakes.wire import FakeWire
+
+B, P, MIB, TIB = BLOCK_BYTES, PAGE_BYTES, 1 << 20, 1 << 40
+SIZE = 40 * B + 3 * P + 512
+
+
+def noise(seed: int, size: int) -> MemoryStorage:
+    """A disk full of noise."""
+    made = MemoryStorage(size)
+    made.allocate(0, size)
+    made.content[:] = random.Random(seed).randbytes(size)
+    return made
+
+
+@dataclass
+class MapHouse:
+    """One target's map over many passes.
+
+    Attributes:
+        path: its file.
+        view: how many passes there were.
+    """
+
+    path: Path
+    size_bytes: int
+    view: int = 0
+
+    def begin(self) -> PassMap:
+        """The map, made if there is none that can be used."""
+        try:
+            return PassMap(MapFile.open(self.path, writable=True))
+        except NoMap:
+            return PassMap(MapFile.create(self.path, Header(seed=SEED, size_bytes=self.size_bytes, image="vda")))
+
+    @property
+    def known_bytes(self) -> int:
+        """By the file alone."""
+        file = MapFile.open(self.path, writable=False)
+        try:
+            return file.known_bytes
+        finally:
+            file.close()
+
+    @property
+    def header(self) -> Header:
+        """As it is stored."""
+        file = MapFile.open(self.path, writable=False)
+        file.close()
+        return file.header
+
+    def agrees_with(self, content: bytes) -> bool:
+        """Whether every block that is known holds what the map says."""
+        found = PassMap(MapFile.open(self.path, writable=False))
+        entries, known = found.look_up([(0, self.size_bytes)])
+        found.close()
+        digests = b"".join(block_digests(memoryview(content)[: self.size_bytes], seed=SEED))
+        theirs = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
+        return bool((entries[known] == theirs[known]).all())
+
+    async def run(
+        self,
+        source: MemoryDisk | SparseDisk,
+        target: MemoryDisk | SparseDisk,
+        *,
+        granularity: Granularity | None = None,
+        threads: CountingThreads | None = None,
+        lanes: int = 1,
+        digest_map: PassMap | None = None,
+    ) -> PassRun:
+        """A pass, complete or not; the map is put away as it deserves."""
+        digest_map = digest_map or self.begin()
+        run = await run_disks(
+            source,
+            target,
+            wires=[FakeWire.pair(window_bytes=32 * MIB) for _ in range(lanes)],
+            threads=threads,
+            source_others={"buffers": BufferPool(4, 1 * MIB), "tuning": Tuning(granularity)},
+            target_others={"buffers": BufferPool(2, TARGET_BUFFER_BYTES), "digest_map": digest_map},
+            size_bytes=self.size_bytes,
+        )
+        self.view += 1
+        digest_map.settle(f"v{self.view}" if run.complete else None, None)
+        return run
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> MapHouse:
+    """The map of a small disk."""
+    return MapHouse(tmp_path / "a.map", SIZE)
+
+
+def disks(source: MemoryStorage, target: MemoryStorage) -> tuple[MemoryDisk, MemoryDisk]:
+    return MemoryDisk("vda", source, writable=False), MemoryDisk("vda", target)
+
+
+# --- filling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("larger", [0, 5 * B])
+async def test_after_a_complete_pass_the_map_knows_the_whole_disk(house: MapHouse, seed: int, larger: int) -> None:
+    chance = random.Random(seed)
+    source, target = noise(1, SIZE), noise(1, SIZE + larger)
+    for storage in (source, target):  # holes, zeroes that are written, scattered pages, in any order
+        for _ in range(6):
+            at = chance.randrange(SIZE // P) * P
+            length = min(chance.choice([P, 3 * P, B, 5 * B]), SIZE - at)
+            match chance.randrange(3):
+                case 0:
+                    MemoryDisk("vda", storage).write_zeroes(at, length)
+                case 1:
+                    storage.content[at : at + length] = bytes(length)
+                case _:
+                    storage.content[at : at + length] = chance.randbytes(length)
+                    storage.allocate(at, length)
+    granularity = chance.choice([None, Granularity(B, P), Granularity(4 * B, B), Granularity(B, B)])
+    run = await house.run(*disks(source, target), granularity=granularity, lanes=chance.choice([1, 3]))
+    assert run.complete, (run.source_failure, run.target_failure)
+    assert target.content[:SIZE] == source.content
+    assert house.known_bytes == SIZE
+    assert house.agrees_with(bytes(target.content))
+    assert house.header.view == "v1"
+    assert run.target.report().rung == "digests"
+
+
+async def test_the_digest_of_what_was_written_is_of_what_was_read_back(house: MapHouse) -> None:
+    source, target = noise(1, SIZE), noise(1, SIZE)
+    target.content[7 * B : 7 * B + P] = bytes(P)
+    target.rot(7 * B + 2 * P)  # in the same block, where nothing is written
+    run = await house.run(*disks(source, target))
+    assert run.complete
+    assert run.target.written_bytes == P
+    stored = bytearray(target.content)
+    stored[7 * B + 2 * P] ^= 1
+    assert house.agrees_with(bytes(stored))
+
+
+# --- not reading what is known ----------------------------------------------------------------------------------------
+
+
+async def test_a_second_pass_over_an_equal_disk_reads_nothing_at_the_target(tmp_path: Path) -> None:
+    size = 200 * MIB
+    house = MapHouse(tmp_path / "a.map", size)
+    blocks = {number: random.Random(number % 7).randbytes(B) for number in range(200 * MIB // B)}
+    source = SparseDisk("vda", SparseStorage(size, blocks), writable=False)
+    target = SparseDisk("vda", SparseStorage(size, blocks))
+    first = await house.run(source, target)
+    assert first.complete
+    assert target.read_bytes == size
+    again = SparseDisk("vda", target.storage)
+    second = await house.run(source, again)
+    assert second.complete
+    assert again.read_bytes == 0
+    assert not {"reading", "reading back", "writing", "zeroing"} & set(again.requests)
+    assert second.target.report().rung == "map"
+    assert second.target.mapped_bytes == size
+    assert second.target.report().compared_bytes == 0
+    assert house.known_bytes == size
+
+
+async def test_of_what_changed_only_superblocks_whose_pages_are_wanted_are_read(tmp_path: Path) -> None:
+    size = 64 * MIB
+    house = MapHouse(tmp_path / "a.map", size)
+    blocks = {number: random.Random(number % 7).randbytes(B) for number in range(64 * MIB // B)}
+    source, target = SparseDisk("vda", SparseStorage(size, blocks)), SparseDisk("vda", SparseStorage(size, blocks))
+    await house.run(source, target)
+    source.storage.write(10 * MIB + 5, b"changed")
+    source.storage.write(20 * MIB + 5, b"changed")
+    again = SparseDisk("vda", target.storage)
+    run = await house.run(source, again, granularity=Granularity(B, P))
+    assert run.complete
+    assert run.target.compared_bytes == 2 * B
+    assert run.source.changed_bytes == 2 * P
+    blockwise = await house.run(source, SparseDisk("vda", target.storage), granularity=Granularity(B, B))
+    assert blockwise.target.compared_bytes == 0
+    assert house.agrees_with(source.storage.read(0, size))
+
+
+async def test_details_that_are_blocks_come_from_the_map(house: MapHouse) -> None:
+    source, target = noise(1, SIZE), noise(1, SIZE)
+    await house.run(*disks(source, target))
+    source.content[9 * B + 1] ^= 1
+    run = await house.run(*disks(source, target), granularity=Granularity(4 * B, B))
+    assert run.complete
+    assert target.content == source.content
+    assert run.target.compared_bytes == 0
+    assert run.source.changed_bytes == B
+    assert house.agrees_with(bytes(source.content))
+
+
+async def test_what_the_map_knows_as_zeroes_is_told_as_empty(house: MapHouse) -> None:
+    source, target = MemoryStorage(SIZE), MemoryStorage(SIZE)
+    assert (await house.run(*disks(source, target))).complete
+    assert house.known_bytes == SIZE
+    MemoryDisk("vda", source).write(3 * B, memoryview(random.Random(3).randbytes(2 * B)))
+    target.allocate(3 * B, 2 * B)  # zeroes, but no hole any more
+    run = await house.run(*disks(source, target), granularity=Granularity(B, P))
+    assert run.complete
+    assert run.target.compared_bytes == 0
+    assert target.content == source.content
+    assert house.agrees_with(bytes(source.content))
+
+
+async def test_only_what_the_map_does_not_know_is_read(house: MapHouse) -> None:
+    source, target = noise(1, SIZE), noise(1, SIZE)
+    await house.run(*disks(source, target))
+    some = house.begin()
+    some._window(0).forget(4, 9)
+    assert some.settle(None, None)
+    run = await house.run(*disks(source, target))
+    assert run.complete
+    assert run.target.compared_bytes == 5 * B
+    assert run.target.report().rung == "map"
+    assert house.known_bytes == SIZE
+    assert house.agrees_with(bytes(source.content))
+
+
+# --- sparse disks -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_map_of_a_sparse_disk_of_eight_tib_is_small_and_whole(tmp_path: Path) -> None:
+    house = MapHouse(tmp_path / "a.map", 8 * TIB)
+    blocks = {number: random.Random(number).randbytes(B) for number in range(2**24, 2**24 + 64)}
+    source = SparseDisk("vda", SparseStorage(8 * TIB, blocks), writable=False)
+    target = SparseDisk("vda", SparseStorage(8 * TIB, {5: b"x" * B}))
+    run = await house.run(source, target)
+    assert run.complete
+    assert house.known_bytes == 8 * TIB
+    assert house.path.stat().st_blocks * 512 <= 34 * MIB  # its records
+    again = SparseDisk("vda", target.storage)
+    assert (await house.run(source, again)).complete
+    assert again.read_bytes == 0
+
+
+def test_memory_is_bounded_by_the_windows_in_it(tmp_path: Path) -> None:
+    size = 300 * WINDOW_BYTES
+    digest_map = MapHouse(tmp_path / "a.map", size).begin()
+    for number in range(300):
+        digest_map.enter([(number * WINDOW_BYTES + B, B)], [bytes([number % 256]) * 16])
+        assert len(digest_map._windows) <= pass_map.CACHED_WINDOWS
+    assert digest_map.known_bytes == 300 * B
+    entries, known = digest_map.look_up([(7 * WINDOW_BYTES, 3 * B)])
+    assert known.tolist() == [False, True, False]
+    assert entries[1].tobytes() == bytes([7]) * 16
+
+
+# --- ends that are not the planned one --------------------------------------------------------------------------------
+
+
+async def test_a_pass_that_fails_leaves_unknown_what_it_wrote_and_did_not_prove(house: MapHouse) -> None:
+    source, target = noise(1, SIZE), noise(1, SIZE)
+    await house.run(*disks(source, target))
+    source.content[5 * B : 5 * B + P] = bytes(P)
+    target.fail_next("flushing")
+    run = await house.run(*disks(source, target))
+    assert isinstance(run.target_failure, DiskError)
+    assert target.content == source.content  # written, never proven
+    assert house.known_bytes == SIZE // B * B  # all blocks but one
+    assert house.agrees_with(bytes(target.content))
+    assert house.header.view is None
+    again = await house.run(*disks(source, target))
+    assert again.complete
+    assert again.target.compared_bytes == B
+    assert house.known_bytes == SIZE
+
+
+async def test_an_agent_that_dies_in_the_middle_of_a_window_leaves_nothing_known_that_is_not_so(
+    house: MapHouse,
+) -> None:
+    source, target = noise(1, SIZE), noise(1, SIZE)
+    await house.run(*disks(source, target))
+    dying = house.begin()
+    dying.about_to_write(np.array([(5 * B, P)], dtype=np.uint64))
+    target.content[5 * B] ^= 1
+    dying._file.close()  # the process is gone
+    assert house.known_bytes == 0
+    assert house.header.view is None
+    run = await house.run(*disks(source, target))
+    assert run.complete
+    assert house.known_bytes == SIZE
+    assert house.agrees_with(bytes(source.content))
+
+
+def test_it_is_durable_that_nothing_is_known_before_anything_is_written(house: MapHouse) -> None:
+    first = house.begin()
+    first.enter_zeroes([(0, SIZE)])
+    first.settle("v1", None)
+    second = house.begin()
+    second.about_to_write(np.array([(B, P), (8 * B, B)], dtype=np.uint64))
+    assert house.known_bytes == 0  # as another process would find it now
+    second.proven([B], np.array([1, 8]), [bytes(16), bytes(16)])
+    assert house.known_bytes == 0
+    second.settle("v2", None)
+    assert house.known_bytes == SIZE
+    assert house.header.view == "v2"
+
+
+def test_a_block_counts_only_when_everything_that_was_written_to_it_is_proven(house: MapHouse) -> None:
+    digest_map = house.begin()
+    digest_map.about_to_write(np.array([(3 * B, P)], dtype=np.uint64))
+    digest_map.about_to_write(np.array([(3 * B + P, P), (5 * B, B)], dtype=np.uint64))
+    digest_map.proven([3 * B], np.array([3]), [b"early and stale!"])
+    assert not digest_map.look_up([(3 * B, B)])[1].any()
+    digest_map.proven([3 * B + P], np.array([5, 3]), [b"five" * 4, b"the last of it!!"])
+    entries, known = digest_map.look_up([(3 * B, 3 * B)])
+    assert known.tolist() == [True, False, True]
+    assert entries[0].tobytes() == b"the last of it!!"
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwrite"])
+async def test_a_map_whose_file_fails_is_given_up_and_the_pass_goes_on(
+    house: MapHouse, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    source, target = noise(1, SIZE), noise(2, SIZE)
+    digest_map = house.begin()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        run = await house.run(*disks(source, target), digest_map=digest_map)
+    assert run.complete
+    assert target.content == source.content
+    assert not house.path.exists()
+    assert "No space left" in digest_map.lost
+    assert "No space left" in run.target.report().why_not_higher
+    assert run.target.report().rung == "digests"
+
+
+async def test_a_disk_that_contradicts_its_map_ends_the_pass_and_the_map(house: MapHouse) -> None:
+    source, target = noise(1, SIZE), noise(1, SIZE)
+    await house.run(*disks(source, target))
+    target.content[6 * B + 9] ^= 1  # past every lock
+    source.content[6 * B + 2 * P] ^= 1
+    run = await house.run(*disks(source, target), granularity=Granularity(B, P))
+    assert isinstance(run.target_failure, MapContradicted)
+    assert run.target_failure.facts["offset_bytes"] == 6 * B
+    assert run.sent(BlockData) == 0
+    assert not house.path.exists()
+    again = await house.run(*disks(source, target))
+    assert again.complete
+    assert target.content == source.content
+
+
+async def test_the_first_write_to_each_gib_costs_one_sync_of_the_map_and_no_write_costs_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4 * GROUP_WINDOWS * WINDOW_BYTES
+    digest_map = MapHouse(tmp_path / "a.map", size).begin()
+    synced: list[int] = []
+    real = os.fdatasync
+
+    def counted(fd: int) -> None:
+        synced.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    for at in range(0, size, 16 * MIB):
+        digest_map.about_to_write(np.array([(at, P)], dtype=np.uint64))
+    assert len(synced) == 4
+
+
+def test_a_map_takes_16_bytes_for_each_block_and_little_more() -> None:
+    assert map_bytes(TIB) - TIB // B * 16 <= 5 * MIB
