@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trio
 
 from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES
 from agent.delta.digest_map import WINDOW_BYTES
 from agent.delta.digests import block_digests
 from agent.delta.granularity import Granularity
+from agent.disk.lock import hold_exclusive
+from agent.disk.open import open_target
+from agent.disk.seam import Disk
 from agent.errors import DiskError
 from agent.sync import pass_map
 from agent.sync.buffers import TARGET_BUFFER_BYTES, BufferPool
@@ -87,8 +91,8 @@ class MapHouse:
 
     async def run(
         self,
-        source: MemoryDisk | SparseDisk,
-        target: MemoryDisk | SparseDisk,
+        source: Disk,
+        target: Disk,
         *,
         granularity: Granularity | None = None,
         threads: CountingThreads | None = None,
@@ -391,3 +395,32 @@ async def test_the_first_write_to_each_gib_costs_one_sync_of_the_map_and_no_writ
 
 def test_a_map_takes_16_bytes_for_each_block_and_little_more() -> None:
     assert map_bytes(TIB) - TIB // B * 16 <= 5 * MIB
+
+
+async def test_a_qcow2_target_is_known_by_what_was_read_back_through_its_server(
+    house: MapHouse, tmp_path: Path
+) -> None:
+    house.size_bytes = size = 64 * B
+    image = tmp_path / "t.qcow2"
+    await trio.run_process(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(size)])
+    source = noise(1, size)
+    MemoryDisk("vda", source).write_zeroes(20 * B + P, 10 * B)
+    held = hold_exclusive(image)
+    try:
+        for number in range(3):
+            target = open_target("vda", held, "qcow2", tmp_path)
+            run = await house.run(MemoryDisk("vda", source, writable=False), target, granularity=Granularity(B, P))
+            assert run.complete, run.target_failure
+            assert run.target.compared_bytes == (0, 0, B)[number]  # nothing; by the map; the block whose pages are told
+            target.close()
+            assert house.known_bytes == size
+            reopened = open_target("vda", held, "qcow2", tmp_path)
+            content = bytearray(size)
+            reopened.read_into(0, memoryview(content))
+            reopened.close()
+            assert content == source.content
+            assert house.agrees_with(bytes(content))
+            if number == 1:
+                source.content[3 * B + P : 3 * B + 2 * P] = bytes(P)
+    finally:
+        held.close()
