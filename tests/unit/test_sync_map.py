@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from agent.delta.digests import block_digests
 from agent.delta.granularity import Granularity
 from agent.disk.lock import hold_exclusive
 from agent.disk.open import open_target
-from agent.disk.seam import Disk
+from agent.disk.seam import Disk, Extent
 from agent.errors import DiskError
-from agent.sync import pass_map
+from agent.sync import pass_map, writing
 from agent.sync.buffers import TARGET_BUFFER_BYTES, BufferPool
 from agent.sync.map_answers import MapContradicted
 from agent.sync.map_file import GROUP_WINDOWS, Header, MapFile, NoMap, map_bytes
@@ -165,6 +166,29 @@ async def test_the_digest_of_what_was_written_is_of_what_was_read_back(house: Ma
     stored = bytearray(target.content)
     stored[7 * B + 2 * P] ^= 1
     assert house.agrees_with(bytes(stored))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_holes_that_are_told_in_small_pieces_are_known_as_well(
+    house: MapHouse, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(writing, "EXTENTS_AT_ONCE", at_once)
+
+    class Crumbs(MemoryDisk):
+        """Tells its extents page by page."""
+
+        def extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
+            for extent in super().extents(offset_bytes, length_bytes):
+                end = extent.offset_bytes + extent.length_bytes
+                for at in range(extent.offset_bytes, end, P):
+                    yield Extent(at, min(P, end - at), extent.zero)
+
+    source, target = MemoryStorage(SIZE), MemoryStorage(SIZE)
+    MemoryDisk("vda", target).write(3 * B + P, memoryview(b"x" * P))
+    run = await house.run(MemoryDisk("vda", source), Crumbs("vda", target))
+    assert run.complete
+    assert house.known_bytes == SIZE
+    assert house.agrees_with(bytes(SIZE))
 
 
 # --- not reading what is known ----------------------------------------------------------------------------------------
