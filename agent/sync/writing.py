@@ -163,11 +163,10 @@ class Writing:
     async def _write_zeroes(self, ranges: Ranges) -> None:
         """Only what is not zero yet is zeroed, however long the ranges are."""
         extents = self._extents(coalesce(ranges))
+        zeroes: list[tuple[int, int]] = []
         while found := await self._talk.threads.on_disk(lambda: list(islice(extents, EXTENTS_AT_ONCE))):
             runs = [(e.offset_bytes, e.length_bytes) for e in found if not e.zero]
-            if self._map is not None and len(runs) < len(found):
-                zeroes = [(e.offset_bytes, e.length_bytes) for e in found if e.zero]
-                await self._talk.threads.on_disk(partial(self._map.enter_zeroes, zeroes))
+            zeroes = await self._enter_zeroes([*zeroes, *((e.offset_bytes, e.length_bytes) for e in found if e.zero)])
             if runs:
                 await self._mark()
             for offset, length in runs:
@@ -176,6 +175,17 @@ class Writing:
                     await self._talk.threads.on_disk(partial(self._zero, start, step))
                     self._written.add_zeroes(start, step)
                     self._meter.zeroed_bytes += step
+        await self._enter_zeroes(zeroes, keep=0)
+
+    async def _enter_zeroes(self, runs: list[tuple[int, int]], *, keep: int = 1) -> list[tuple[int, int]]:
+        """Tell the map of runs that were zero before, but for the last, which may go on: a block that is known in two
+        parts is not known. Returns that."""
+        if self._map is None or len(runs) <= keep:
+            return runs if self._map is not None else []
+        joined = as_runs(to_ranges(runs))
+        told, kept = joined[: len(joined) - keep], joined[len(joined) - keep :]
+        await self._talk.threads.on_disk(partial(self._map.enter_zeroes, told))
+        return kept
 
     def _zero(self, offset: int, length: int) -> None:
         if self._map is not None:

@@ -2,123 +2,31 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+import trio
 
 from agent.delta.blocks import BLOCK_BYTES, PAGE_BYTES
 from agent.delta.digest_map import WINDOW_BYTES
-from agent.delta.digests import block_digests
 from agent.delta.granularity import Granularity
-from agent.errors import DiskError
-from agent.sync import pass_map
-from agent.sync.buffers import TARGET_BUFFER_BYTES, BufferPool
-from agent.sync.map_answers import MapContradicted
-from agent.sync.map_file import GROUP_WINDOWS, Header, MapFile, NoMap, map_bytes
-from agent.sync.pass_map import PassMap
-from agent.sync.tuning import Tuning
-from protocol.messages import BlockData
+from agent.disk.lock import hold_exclusive
+from agent.disk.open import open_target
+from agent.disk.seam import Extent
+from agent.sync import pass_map, writing
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
-from tests.fakes.pass_bench import SEED, CountingThreads, PassRun, run_disks
 from tests.fakes.sparse_disk import SparseDisk, SparseStorage
-from tests.fakes.wire import FakeWire
+from tests.unit.map_house import SIZE, MapHouse, disks, noise
 
 B, P, MIB, TIB = BLOCK_BYTES, PAGE_BYTES, 1 << 20, 1 << 40
-SIZE = 40 * B + 3 * P + 512
-
-
-def noise(seed: int, size: int) -> MemoryStorage:
-    """A disk full of noise."""
-    made = MemoryStorage(size)
-    made.allocate(0, size)
-    made.content[:] = random.Random(seed).randbytes(size)
-    return made
-
-
-@dataclass
-class MapHouse:
-    """One target's map over many passes.
-
-    Attributes:
-        path: its file.
-        view: how many passes there were.
-    """
-
-    path: Path
-    size_bytes: int
-    view: int = 0
-
-    def begin(self) -> PassMap:
-        """The map, made if there is none that can be used."""
-        try:
-            return PassMap(MapFile.open(self.path, writable=True))
-        except NoMap:
-            return PassMap(MapFile.create(self.path, Header(seed=SEED, size_bytes=self.size_bytes, image="vda")))
-
-    @property
-    def known_bytes(self) -> int:
-        """By the file alone."""
-        file = MapFile.open(self.path, writable=False)
-        try:
-            return file.known_bytes
-        finally:
-            file.close()
-
-    @property
-    def header(self) -> Header:
-        """As it is stored."""
-        file = MapFile.open(self.path, writable=False)
-        file.close()
-        return file.header
-
-    def agrees_with(self, content: bytes) -> bool:
-        """Whether every block that is known holds what the map says."""
-        found = PassMap(MapFile.open(self.path, writable=False))
-        entries, known = found.look_up([(0, self.size_bytes)])
-        found.close()
-        digests = b"".join(block_digests(memoryview(content)[: self.size_bytes], seed=SEED))
-        theirs = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
-        return bool((entries[known] == theirs[known]).all())
-
-    async def run(
-        self,
-        source: MemoryDisk | SparseDisk,
-        target: MemoryDisk | SparseDisk,
-        *,
-        granularity: Granularity | None = None,
-        threads: CountingThreads | None = None,
-        lanes: int = 1,
-        digest_map: PassMap | None = None,
-    ) -> PassRun:
-        """A pass, complete or not; the map is put away as it deserves."""
-        digest_map = digest_map or self.begin()
-        run = await run_disks(
-            source,
-            target,
-            wires=[FakeWire.pair(window_bytes=32 * MIB) for _ in range(lanes)],
-            threads=threads,
-            source_others={"buffers": BufferPool(4, 1 * MIB), "tuning": Tuning(granularity)},
-            target_others={"buffers": BufferPool(2, TARGET_BUFFER_BYTES), "digest_map": digest_map},
-            size_bytes=self.size_bytes,
-        )
-        self.view += 1
-        digest_map.settle(f"v{self.view}" if run.complete else None, None)
-        return run
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> MapHouse:
     """The map of a small disk."""
     return MapHouse(tmp_path / "a.map", SIZE)
-
-
-def disks(source: MemoryStorage, target: MemoryStorage) -> tuple[MemoryDisk, MemoryDisk]:
-    return MemoryDisk("vda", source, writable=False), MemoryDisk("vda", target)
 
 
 # --- filling ----------------------------------------------------------------------------------------------------------
@@ -161,6 +69,29 @@ async def test_the_digest_of_what_was_written_is_of_what_was_read_back(house: Ma
     stored = bytearray(target.content)
     stored[7 * B + 2 * P] ^= 1
     assert house.agrees_with(bytes(stored))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_holes_that_are_told_in_small_pieces_are_known_as_well(
+    house: MapHouse, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(writing, "EXTENTS_AT_ONCE", at_once)
+
+    class Crumbs(MemoryDisk):
+        """Tells its extents page by page."""
+
+        def extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
+            for extent in super().extents(offset_bytes, length_bytes):
+                end = extent.offset_bytes + extent.length_bytes
+                for at in range(extent.offset_bytes, end, P):
+                    yield Extent(at, min(P, end - at), extent.zero)
+
+    source, target = MemoryStorage(SIZE), MemoryStorage(SIZE)
+    MemoryDisk("vda", target).write(3 * B + P, memoryview(b"x" * P))
+    run = await house.run(MemoryDisk("vda", source), Crumbs("vda", target))
+    assert run.complete
+    assert house.known_bytes == SIZE
+    assert house.agrees_with(bytes(SIZE))
 
 
 # --- not reading what is known ----------------------------------------------------------------------------------------
@@ -272,122 +203,30 @@ def test_memory_is_bounded_by_the_windows_in_it(tmp_path: Path) -> None:
     assert entries[1].tobytes() == bytes([7]) * 16
 
 
-# --- ends that are not the planned one --------------------------------------------------------------------------------
-
-
-async def test_a_pass_that_fails_leaves_unknown_what_it_wrote_and_did_not_prove(house: MapHouse) -> None:
-    source, target = noise(1, SIZE), noise(1, SIZE)
-    await house.run(*disks(source, target))
-    source.content[5 * B : 5 * B + P] = bytes(P)
-    target.fail_next("flushing")
-    run = await house.run(*disks(source, target))
-    assert isinstance(run.target_failure, DiskError)
-    assert target.content == source.content  # written, never proven
-    assert house.known_bytes == SIZE // B * B  # all blocks but one
-    assert house.agrees_with(bytes(target.content))
-    assert house.header.view is None
-    again = await house.run(*disks(source, target))
-    assert again.complete
-    assert again.target.compared_bytes == B
-    assert house.known_bytes == SIZE
-
-
-async def test_an_agent_that_dies_in_the_middle_of_a_window_leaves_nothing_known_that_is_not_so(
-    house: MapHouse,
+async def test_a_qcow2_target_is_known_by_what_was_read_back_through_its_server(
+    house: MapHouse, tmp_path: Path
 ) -> None:
-    source, target = noise(1, SIZE), noise(1, SIZE)
-    await house.run(*disks(source, target))
-    dying = house.begin()
-    dying.about_to_write(np.array([(5 * B, P)], dtype=np.uint64))
-    target.content[5 * B] ^= 1
-    dying._file.close()  # the process is gone
-    assert house.known_bytes == 0
-    assert house.header.view is None
-    run = await house.run(*disks(source, target))
-    assert run.complete
-    assert house.known_bytes == SIZE
-    assert house.agrees_with(bytes(source.content))
-
-
-def test_it_is_durable_that_nothing_is_known_before_anything_is_written(house: MapHouse) -> None:
-    first = house.begin()
-    first.enter_zeroes([(0, SIZE)])
-    first.settle("v1", None)
-    second = house.begin()
-    second.about_to_write(np.array([(B, P), (8 * B, B)], dtype=np.uint64))
-    assert house.known_bytes == 0  # as another process would find it now
-    second.proven([B], np.array([1, 8]), [bytes(16), bytes(16)])
-    assert house.known_bytes == 0
-    second.settle("v2", None)
-    assert house.known_bytes == SIZE
-    assert house.header.view == "v2"
-
-
-def test_a_block_counts_only_when_everything_that_was_written_to_it_is_proven(house: MapHouse) -> None:
-    digest_map = house.begin()
-    digest_map.about_to_write(np.array([(3 * B, P)], dtype=np.uint64))
-    digest_map.about_to_write(np.array([(3 * B + P, P), (5 * B, B)], dtype=np.uint64))
-    digest_map.proven([3 * B], np.array([3]), [b"early and stale!"])
-    assert not digest_map.look_up([(3 * B, B)])[1].any()
-    digest_map.proven([3 * B + P], np.array([5, 3]), [b"five" * 4, b"the last of it!!"])
-    entries, known = digest_map.look_up([(3 * B, 3 * B)])
-    assert known.tolist() == [True, False, True]
-    assert entries[0].tobytes() == b"the last of it!!"
-
-
-@pytest.mark.parametrize("call", ["fdatasync", "pwrite"])
-async def test_a_map_whose_file_fails_is_given_up_and_the_pass_goes_on(
-    house: MapHouse, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    source, target = noise(1, SIZE), noise(2, SIZE)
-    digest_map = house.begin()
-
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
-        run = await house.run(*disks(source, target), digest_map=digest_map)
-    assert run.complete
-    assert target.content == source.content
-    assert not house.path.exists()
-    assert "No space left" in digest_map.lost
-    assert "No space left" in run.target.report().why_not_higher
-    assert run.target.report().rung == "digests"
-
-
-async def test_a_disk_that_contradicts_its_map_ends_the_pass_and_the_map(house: MapHouse) -> None:
-    source, target = noise(1, SIZE), noise(1, SIZE)
-    await house.run(*disks(source, target))
-    target.content[6 * B + 9] ^= 1  # past every lock
-    source.content[6 * B + 2 * P] ^= 1
-    run = await house.run(*disks(source, target), granularity=Granularity(B, P))
-    assert isinstance(run.target_failure, MapContradicted)
-    assert run.target_failure.facts["offset_bytes"] == 6 * B
-    assert run.sent(BlockData) == 0
-    assert not house.path.exists()
-    again = await house.run(*disks(source, target))
-    assert again.complete
-    assert target.content == source.content
-
-
-async def test_the_first_write_to_each_gib_costs_one_sync_of_the_map_and_no_write_costs_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = 4 * GROUP_WINDOWS * WINDOW_BYTES
-    digest_map = MapHouse(tmp_path / "a.map", size).begin()
-    synced: list[int] = []
-    real = os.fdatasync
-
-    def counted(fd: int) -> None:
-        synced.append(fd)
-        real(fd)
-
-    monkeypatch.setattr(os, "fdatasync", counted)
-    for at in range(0, size, 16 * MIB):
-        digest_map.about_to_write(np.array([(at, P)], dtype=np.uint64))
-    assert len(synced) == 4
-
-
-def test_a_map_takes_16_bytes_for_each_block_and_little_more() -> None:
-    assert map_bytes(TIB) - TIB // B * 16 <= 5 * MIB
+    house.size_bytes = size = 64 * B
+    image = tmp_path / "t.qcow2"
+    await trio.run_process(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(size)])
+    source = noise(1, size)
+    MemoryDisk("vda", source).write_zeroes(20 * B + P, 10 * B)
+    held = hold_exclusive(image)
+    try:
+        for number in range(3):
+            target = open_target("vda", held, "qcow2", tmp_path)
+            run = await house.run(MemoryDisk("vda", source, writable=False), target, granularity=Granularity(B, P))
+            assert run.complete, run.target_failure
+            assert run.target.compared_bytes == (0, 0, B)[number]  # nothing; by the map; the block whose pages are told
+            target.close()
+            assert house.known_bytes == size
+            reopened = open_target("vda", held, "qcow2", tmp_path)
+            content = bytearray(size)
+            reopened.read_into(0, memoryview(content))
+            reopened.close()
+            assert content == source.content
+            assert house.agrees_with(bytes(content))
+            if number == 1:
+                source.content[3 * B + P : 3 * B + 2 * P] = bytes(P)
+    finally:
+        held.close()
