@@ -86,7 +86,7 @@ def _log(farm: Farm) -> Path:
 
 
 def _pin(farm: Farm) -> None:
-    """QEMU to one processor, both agents to another. Agents of an embedded host run in the process that started QEMU."""
+    """QEMU to one processor, both agents to another."""
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < 2:
         raise SystemExit("guest-impact needs two processors")

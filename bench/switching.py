@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from bench.benchmark import SEED, Settings, describe_image, make_image
 from bench.farm import Farm, PairSpec, Shape, open_farm
 from bench.measure import Result, Run, median_of, ratio_of_medians, with_ratios
 from bench.network import GIGABIT, open_link
-from bench.placement import Image, as_qcow2, assert_same, stretched
+from bench.placement import Image, as_qcow2, stretched
 
 RUN_BYTES = 1 << 20
 LAST_MINUTE_BYTES = 64 << 20
@@ -113,9 +114,8 @@ def tracked_scale(settings: Settings) -> Result:
         for number in settings.count():
             run: Run = {}
             for name, size in sizes.items():
-                found = switch_after(
-                    farm, name, lambda n=name, s=size: _scattered(farm, n, [s], LAST_MINUTE_BYTES), settings.folder
-                )
+                change = partial(_scattered, farm, name, [size], LAST_MINUTE_BYTES)
+                found = switch_after(farm, name, change, settings.folder)
                 run[f"{name}_s"], run[f"{name}_rung"] = found.last_pass_s, ", ".join(found.rungs)
             if number:
                 runs.append(run)
@@ -158,7 +158,7 @@ def _rounds(settings: Settings, farm: Farm, spec: PairSpec, changed_bytes: int) 
 
 
 def downtime(settings: Settings) -> Result:
-    """Seconds from the replica's power-off to the original's power-on, two qcow2 disks, 64 MiB of last-minute changes."""
+    """Seconds from the replica off to the original on: two qcow2 disks, 64 MiB of last-minute changes."""
     spec, sources = _two_disks(settings)
     with open_farm(settings.folder / "farm", [spec], Shape(running=True)) as farm:
         runs = _rounds(settings, farm, spec, LAST_MINUTE_BYTES)
