@@ -229,7 +229,7 @@ def test_the_target_agent_killed_in_the_middle_of_a_pass_costs_a_comparison(site
         run.kill()
         run.wait(60)
     agent = site.agents["prod"]
-    agent.kill()
+    agent.kill9()
     agent.start()
     site.failback("switch", pair.name)
     site.failback("resume", "--foreground", pair.name)
