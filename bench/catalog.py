@@ -6,11 +6,13 @@ from bench.benchmark import Benchmark
 from bench.comparing import beside_peers, cold_vs_read, compare_vs_rsync, identical_vs_limit, throughput
 from bench.footprint import memory
 from bench.full import full_vs_nbdcopy
+from bench.impact import guest_impact
 from bench.links import link_use, wan_use, wire_vs_zstd
 from bench.live import compare_live, qcow2_speed
 from bench.measure import Target
 from bench.profiling import profile
 from bench.shapes import sparse, two_disks
+from bench.switching import downtime, prediction, tracked_scale
 from bench.tls import tls_vs_blocking
 
 _ALL = (
@@ -50,6 +52,21 @@ _ALL = (
     Benchmark("memory", "private memory of an agent, MiB, on disks of 1 TiB", memory, Target(value=256)),
     Benchmark("throughput", "GB/s of disk by share changed", throughput),
     Benchmark("sparse", "8 TiB with 1 GiB of data ÷ 2 GiB with the same", sparse, Target(value=1.2)),
+    Benchmark("tracked-scale", "a tracked last pass, 64 MiB changed: 1 TiB ÷ 8 GiB", tracked_scale, Target(value=1.3)),
+    Benchmark("downtime", "seconds from power-off to power-on, two qcow2 disks", downtime, Target(value=3)),
+    Benchmark(
+        "prediction",
+        "how far the downtime foretold was off, at worst",
+        prediction,
+        Target(value=0.30),
+        needs_root=True,
+    ),
+    Benchmark(
+        "guest-impact",
+        "a guest's writes with background passes ÷ without",
+        guest_impact,
+        Target(value=0.9, better="higher"),
+    ),
     Benchmark("qcow2-speed", "closed qcow2 images ÷ raw images", qcow2_speed, Target(value=1.2)),
     Benchmark("peers", "3% changed, warm ÷ the fastest of rsync, qemu-img, nbdcopy", beside_peers),
     Benchmark("profile", "processor seconds per GB of disk, and where they go", profile),

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.network import Link
 from bench.placement import Image
@@ -24,6 +24,7 @@ from tests.lab.domain import LabDisk, domain_xml
 from tests.lab.embed import embed_root, end_guests, share_capabilities
 from tests.lab.embed_host import EmbedHost
 from tests.lab.guest import Guest, build_guest
+from tests.lab.monitor import Monitor
 from tests.lab.pki import LabPki
 
 REPOSITORY = Path(__file__).parents[1]
@@ -65,6 +66,17 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class Writer:
+    """A guest that writes all the time, to the bare disks of its replica.
+
+    Attributes:
+        rate: rounds of writes per second, as far as they take no time; ``max`` for as many as it can.
+    """
+
+    rate: float | Literal["max"]
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """How a farm is made.
 
@@ -73,12 +85,14 @@ class Shape:
         link: the agents are at its two ends, the coordinator beside it; on this machine's loopback when None.
         bulk_endpoint: address and port by which the source reaches the target's bulk port, where not directly.
         agents: what to run as the agent (words before ``--config``) by host; the installed agent when it is missing.
+        writer: what the replicas' guests do; None: nothing.
     """
 
     running: bool = False
     link: Link | None = None
     bulk_endpoint: tuple[str, int] | None = None
     agents: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    writer: Writer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,11 @@ class Farm:
     coordinator: CoordinatorProcess
     agents: Mapping[str, AgentProcess]
     shape: Shape
+    folder: Path
+
+    def monitor(self, pair: str) -> Monitor:
+        """A monitor of the replica, which runs."""
+        return Monitor(self.folder / "dr" / f"{pair}.monitor")
 
     def failback(self, *words: str) -> dict[str, Any]:
         """Run a verb that must succeed; its JSON object."""
@@ -132,7 +151,7 @@ def open_farm(folder: Path, pairs: Sequence[PairSpec], shape: Shape | None = Non
         for name in HOSTS:
             root = _root(folder / name)
             stack.callback(end_guests, root)
-            _define(root, name, pairs, guest, running=shape.running)
+            _define(root, name, pairs, guest, shape)
             agents[name] = stack.enter_context(_agent(folder, name, pki, root, shape))
         for root in (folder / name for name in HOSTS):
             _remember_capabilities(root)
@@ -144,7 +163,7 @@ def open_farm(folder: Path, pairs: Sequence[PairSpec], shape: Shape | None = Non
             program=[*(shape.link.beside() if shape.link else ()), str(FAILBACK)],
             bulk_endpoints=endpoints,
         )
-        farm = Farm(coordinator, agents, shape)
+        farm = Farm(coordinator, agents, shape, folder)
         for pair in pairs:
             farm.failback("register", pair.name, "--original", f"prod/{pair.name}", "--replica", f"dr/{pair.name}")
             farm.failback("failover", pair.name)
@@ -168,19 +187,31 @@ def _remember_capabilities(root: Path) -> None:
             share_capabilities(root, known)
 
 
-def _define(root: Path, host_name: str, pairs: Sequence[PairSpec], guest: Guest, *, running: bool) -> None:
+def _define(root: Path, host_name: str, pairs: Sequence[PairSpec], guest: Guest, shape: Shape) -> None:
+    is_dr = host_name == "dr"
+    writer = shape.writer if is_dr else None
     with EmbedHost(root, keep_guests=True) as host:
         for pair in pairs:
-            images = pair.originals if host_name == "prod" else pair.replicas
+            images = pair.replicas if is_dr else pair.originals
             disks = [
-                LabDisk(f"vd{'abcdefgh'[number]}", image.path, image.format, "none")
+                LabDisk(f"vd{'abcdefgh'[number]}", image.path, image.format, "none" if writer is None else "raw")
                 for number, image in enumerate(images)
             ]
             log = root / f"{pair.name}.console"
-            host.define(domain_xml(pair.name, str(uuid.uuid4()), disks, guest, log, role="idle"))
-            if host_name == "dr":
+            xml = domain_xml(
+                pair.name,
+                str(uuid.uuid4()),
+                disks,
+                guest,
+                log,
+                role="idle" if writer is None else "writer",
+                rate=1 if writer is None else writer.rate,
+                monitor=root / f"{pair.name}.monitor" if is_dr else None,
+            )
+            host.define(xml)
+            if is_dr:
                 host.start(pair.name)  # a failover is recorded only of a replica that runs
-                if running:
+                if shape.running:
                     console.wait_ready(log)
 
 

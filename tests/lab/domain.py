@@ -50,6 +50,7 @@ def domain_xml(
     machine: str = "pc",
     on_poweroff: str = "destroy",
     extra_devices: str = "",
+    monitor: Path | None = None,
 ) -> str:
     """The XML of a persistent lab domain.
 
@@ -67,12 +68,14 @@ def domain_xml(
         machine: QEMU's machine type.
         on_poweroff: libvirt's ``<on_poweroff>``.
         extra_devices: XML put into ``<devices>`` as it is.
+        monitor: where QEMU shall offer a monitor of ours, for `tests.lab.monitor`; none without.
     """
     journal = "" if role == "idle" else ",".join(f"{d.target}:{d.contents}" for d in disks if d.contents != "none")
     arguments = [KERNEL_ARGUMENTS, f"failback.role={role}", f"failback.disks={journal}", f"failback.rate={rate}"]
     if ignore_acpi:
         arguments.append("failback.acpi=ignore")
-    return f"""<domain type='qemu'>
+    ours = "" if monitor is None else _MONITOR.format(path=escape(str(monitor)))
+    return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{escape(name)}</name>
   <uuid>{uuid}</uuid>
   <memory unit='MiB'>{memory_mib}</memory>
@@ -93,7 +96,14 @@ def domain_xml(
     <serial type='file'><source path={quoteattr(str(console_log))} append='on'/><target port='0'/></serial>
     <memballoon model='none'/>
 {extra_devices}  </devices>
-</domain>
+{ours}</domain>
+"""
+
+
+_MONITOR = """  <qemu:commandline>
+    <qemu:arg value='-qmp'/>
+    <qemu:arg value='unix:{path},server=on,wait=off'/>
+  </qemu:commandline>
 """
 
 

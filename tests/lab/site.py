@@ -19,6 +19,7 @@ from tests.lab.agent_process import BULK_PORT, AgentProcess
 from tests.lab.coordinator_process import CoordinatorProcess
 from tests.lab.domain import LabDisk, Role, domain_xml
 from tests.lab.guest import Guest
+from tests.lab.monitor import Monitor
 from tests.lab.pki import LabPki
 from tests.lab.private_host import PrivateHost, PrivateNetwork
 
@@ -37,6 +38,10 @@ class LabVm:
     def is_running(self) -> bool:
         """Whether libvirt says so."""
         return self.host.virsh("domstate", self.name).strip() == "running"
+
+    def monitor(self) -> Monitor:
+        """A monitor of ours into its QEMU, which runs."""
+        return Monitor(self.log.with_suffix(".monitor"))
 
     def has_autostart(self) -> bool:
         """Whether it starts with its host."""
@@ -129,6 +134,7 @@ class Site:
         formats: Sequence[disks.Format] = ("qcow2", "raw"),
         size_bytes: int = 48 * MIB,
         original_role: Role = "reader",
+        replica_role: Role = "writer",
         ignore_acpi: bool = False,
         seed: int = 1,
         failed_over: bool = True,
@@ -144,7 +150,7 @@ class Site:
         original_disks = disks.make_set(folders[0], formats, size_bytes, seed=seed)
         replica_disks = disks.copy_set(original_disks, folders[1])
         original = self._define(self.production, name, original_disks, role=original_role)
-        replica = self._define(self.dr, f"{name}-replica", replica_disks, role="writer", ignore_acpi=ignore_acpi)
+        replica = self._define(self.dr, f"{name}-replica", replica_disks, role=replica_role, ignore_acpi=ignore_acpi)
         pair = LabPair(name, original, replica)
         self.failback("register", name, "--original", f"prod/{name}", "--replica", f"dr/{name}-replica")
         if failed_over:
@@ -152,7 +158,7 @@ class Site:
                 if disk.contents == "raw":
                     disks.diverge(disk.path, disk.format, seed=seed)
             replica.start()
-            for disk in replica.disks:
+            for disk in replica.disks if replica_role == "writer" else ():
                 console.wait_for_writes(replica.log, disk.target, 2)
             self.failback("failover", name)
         return pair
@@ -162,7 +168,14 @@ class Site:
     ) -> LabVm:
         log = host.images / f"{name}.console"
         xml = domain_xml(
-            name, str(uuid.uuid4()), images, host.adopt(self.guest), log, role=role, ignore_acpi=ignore_acpi
+            name,
+            str(uuid.uuid4()),
+            images,
+            host.adopt(self.guest),
+            log,
+            role=role,
+            ignore_acpi=ignore_acpi,
+            monitor=log.with_suffix(".monitor"),
         )
         host.define(xml)
         return LabVm(host, name, tuple(images), log)

@@ -13,6 +13,7 @@ from bench.plots import share_of_target
 from bench.profiling import top_of
 from bench.report import markdown
 from bench.resident import private_bytes
+from bench.switching import off_by
 
 FOUND: dict[str, object] = {
     "name": "compare-vs-rsync",
@@ -40,6 +41,10 @@ NAMES_OF_THE_ISSUE = {
     "wan-use": 0.90,
     "two-disks": 1.1,
     "memory": 256,
+    "tracked-scale": 1.3,
+    "downtime": 3,
+    "prediction": 0.30,
+    "guest-impact": 0.9,
 }
 
 
@@ -50,6 +55,7 @@ def test_every_measure_has_its_name_and_its_target() -> None:
         "tls-vs-blocking",
         "link-use",
         "wan-use",
+        "guest-impact",
     }
 
 
@@ -116,3 +122,10 @@ def test_generated_target_differs_in_few_blocks_until_they_are_written() -> None
     for at in differ:
         target.write(at, memoryview(read(source, at, 4096)))
     assert read(source, 0, 256 << 20) == read(target, 0, 256 << 20)
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "measured_s", "off"), [(2.0, 2.4, 0.0), (2.0, 1.5, 0.0), (12.0, 10.0, 0.2), (8.0, 10.0, 0.2)]
+)
+def test_a_prediction_within_half_a_second_is_right(predicted_s: float, measured_s: float, off: float) -> None:
+    assert off_by(predicted_s, measured_s) == pytest.approx(off)
