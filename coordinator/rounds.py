@@ -16,6 +16,10 @@ from coordinator.runlog import RunLog
 
 ROUND_FAILED = "round_failed"
 """Name of the note that a round was given up."""
+PREDICTED = "predicted"
+"""Name of the note with what was predicted after a round, and when the switchover began."""
+WAITING = "waiting"
+"""Name of the note that says what the run waits for."""
 SCRATCH_FULL = "scratch-full"
 AGAIN_AFTER = frozenset({SCRATCH_FULL, "view-lost", "evidence"})
 """Codes of a round that failed for the view's sake: the next one may do better."""

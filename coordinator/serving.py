@@ -15,18 +15,15 @@ from coordinator.limits import read_limits
 from coordinator.model import RunLimits, State
 from coordinator.prediction import Known, Measured, measure, predict, shutdown_seen_s
 from coordinator.records import Prediction, RoundFailure, ViewRecord, Waiting
+from coordinator.rounds import PREDICTED, WAITING
 from coordinator.stepping import INTERRUPT_POLL_S, Stepper, is_ours_no_more
 from coordinator.steps import IS_OFF, StepFailed
 from coordinator.steps_round import CloseRoundView, round_steps
 from coordinator.steps_sync import SYNC_STEPS
 from coordinator.timing import SWITCH, Trigger, judge, order_in_force
 
-PREDICTED = "predicted"
-"""Name of the note with what was predicted after a round, and when the switchover began."""
 STALE_S = 10.0
 """After so long a wait another round shortens the downtime again."""
-WAITING = "waiting"
-"""Name of the note that says what the run waits for."""
 Move = Callable[..., Awaitable[None]]
 
 
@@ -54,12 +51,13 @@ class Serving:
         if context.survey.replica_power in IS_OFF:
             # Nobody is served, and nothing changes any more: one pass, after the switchover has begun.
             self._decision = Decision(next=Next.READY, key="off", sentence="the replica is off already")
-        while context.pair.state is not State.SWITCHING:
+        while True:
             await self._take_orders()
             if self._must_copy():
                 await self._round()
-            elif not await self._switched():
-                await stepper.boundary()
+            elif await self._switched():
+                return
+            else:
                 await stepper.rest(INTERRUPT_POLL_S)
             await stepper.boundary()
 

@@ -8,7 +8,8 @@ from coordinator.entries import EntryKind
 from coordinator.model import LateEvidence, State
 from coordinator.prediction import measure, predict
 from coordinator.records import PowerOffRecord, Prediction, TrackingRecord
-from coordinator.serving import PREDICTED, Move, known_now
+from coordinator.rounds import PREDICTED
+from coordinator.serving import Move, known_now
 from coordinator.stepping import Stepper
 from coordinator.steps_switch import SWITCH_STEPS, FenceReplica, ReadRecords, ReplicaOff
 from coordinator.steps_sync import READ_TRACKING, SYNC_STEPS

@@ -1,4 +1,4 @@
-"""What the agents of `tests.fakes.agent` have on record: what the replica wrote, and what the original is known to hold."""
+"""What the agents of `tests.fakes.agent` have on record: what the replica wrote, what the original is known to hold."""
 
 from __future__ import annotations
 
