@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator import rounds
 from coordinator.entries import EntryKind, Phase, RunRecord
+from coordinator.evidence import Rung
 from coordinator.model import DiskPair, State
-from coordinator.records import PassRecord, SurveyRecord
+from coordinator.plain import from_json
+from coordinator.records import PassRecord, PowerOffRecord, Prediction, SurveyRecord
+from coordinator.rounds import PREDICTED
 from coordinator.runlog import RunLog
 from protocol.messages import Power
+
+TRACKED = frozenset({Rung.BITMAP.value, Rung.OVERLAY.value})
+"""Rungs of which the source knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +24,7 @@ class DiskLine:
 
     Attributes:
         original, replica: its target names.
-        pass_name: ``first_pass`` or ``last_pass``; `view`: the view the original's disk was made equal to.
+        pass_name: ``pass:1``, ``pass:2`` … or ``last_pass``; `view`: the view the original's disk was made equal to.
         size_bytes: the replica's size.
         compared_bytes: read and hashed at the source.
         zero_bytes: known to read as zero at the source, not read.
@@ -75,6 +82,9 @@ class ClosingReport:
         downtime_s: from the order to power the replica off until the original ran (or the replica ran again, or the
             state Failback was reached without power-on); None when the replica was not touched or is still off.
         evidence: one sentence on what the blocks that were not written rest on.
+        predicted: the downtime that was expected when the switchover began; None before that, or where the replica was
+            off already.
+        guest_s: how much of the downtime was the guest's own shutdown.
     """
 
     pair: str
@@ -87,15 +97,19 @@ class ClosingReport:
     disks: tuple[DiskLine, ...]
     steps: tuple[StepLine, ...]
     evidence: str
+    predicted: Prediction | None = None
+    guest_s: float | None = None
 
 
 def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> ClosingReport:
     """The report of a run, from its journal."""
+    names = [rounds.pass_of(number) for number in range(1, rounds.last_round(log) + 1)]
     lines = tuple(
         _disk_line(name, passed, pair)
-        for name in ("first_pass", "last_pass")
+        for name in (*names, rounds.LAST_PASS)
         for passed in log.results(name, PassRecord)
         for pair in disks
+        if any(report.target == pair.replica for report in passed.source.disks)
     )
     return ClosingReport(
         pair=run.pair,
@@ -108,16 +122,34 @@ def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> 
         disks=lines,
         steps=_step_lines(log),
         evidence=_evidence(lines),
+        predicted=predicted(log),
+        guest_s=_guest_s(log),
     )
+
+
+def predicted(log: RunLog) -> Prediction | None:
+    """The downtime that was expected when the latest switchover began."""
+    begun = log.seq_of_state(State.SWITCHING.value)
+    notes = [entry for entry in log.notes(PREDICTED) if entry.seq < begun and entry.result]
+    return from_json(notes[-1].result or "", Prediction) if notes else None
+
+
+def _guest_s(log: RunLog) -> float | None:
+    record = log.result("replica_off", PowerOffRecord)
+    return record.guest_s if record is not None and record.was_running else None
 
 
 def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
     """Seconds nobody was served, by the journal's wall clock; with `now_s` also while it lasts.
 
-    None when the run did not take the replica out of service, or (without `now_s`) it still is.
+    None when the run did not take the replica out of service, or (without `now_s`) it still is. Where the replica came
+    back into service and went off again, of the last time.
     """
     surveys = log.results("survey", SurveyRecord)
-    begun = next((e for e in log.of_step("replica_off") if e.kind is EntryKind.INTENT), None)
+    since = log.seq_of_state(State.SYNCING.value)
+    begun = next((e for e in log.of_step("replica_off") if e.kind is EntryKind.INTENT and e.seq > since), None)
+    if begun is None:
+        begun = next((e for e in reversed(log.of_step("replica_off")) if e.kind is EntryKind.INTENT), None)
     if begun is None or not any(found.replica_power is not Power.OFF for found in surveys):
         return None
     served = [
@@ -125,9 +157,9 @@ def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
         for e in (
             next((e for e in log.of_step("original_on") if e.kind is EntryKind.DONE), None),
             log.moved(State.FAILBACK.value),
-            next((e for e in log.of_step("replica_off", Phase.UNDO) if e.kind is EntryKind.DONE), None),
+            *(e for e in log.of_step("replica_off", Phase.UNDO) if e.kind is EntryKind.DONE),
         )
-        if e is not None
+        if e is not None and e.seq >= begun.seq
     ]
     end_s = min(served) if served else now_s
     # A wall clock that was set back would make it negative.
@@ -137,6 +169,9 @@ def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
 def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
     here = next(report for report in passed.source.disks if report.target == pair.replica)
     there = next(report for report in passed.target.disks if report.target == pair.original)
+    chosen = next((disk for disk in passed.evidence if disk.replica == pair.replica), None)
+    # What was written is known at the source, what the map spared at the target.
+    rung = here.rung if here.rung in TRACKED else there.rung
     return DiskLine(
         original=pair.original,
         replica=pair.replica,
@@ -151,8 +186,8 @@ def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
         zeroed_bytes=there.zeroed_bytes,
         verified_bytes=there.verified_bytes,
         past_cache=there.past_cache,
-        rung=there.rung,
-        why_not_higher=there.why_not_higher,
+        rung=rung,
+        why_not_higher=there.why_not_higher if chosen is None or chosen.rung != rung else chosen.why_not_higher,
         frames=here.frames,
         stored_bytes=here.stored_bytes,
         lanes=here.lanes,
@@ -180,7 +215,14 @@ def _evidence(lines: tuple[DiskLine, ...]) -> str:
     if not lines:
         return "no pass was completed: nothing is claimed of the original's disks"
     cache = "past the page cache" if all(line.past_cache for line in lines) else "in part through the page cache only"
+    final = {line.rung for line in lines if line.pass_name == rounds.LAST_PASS} or {line.rung for line in lines}
+    tracked = {Rung.BITMAP.value, Rung.OVERLAY.value}
+    rest = "matched by digest on both sides (xxh3-128) or is known to read as zero on both"
+    if final & tracked:
+        before = "was not written since an earlier pass matched it, as the replica's host recorded"
+        rest = before if final <= tracked else f"{before}, or {rest}"
+    if Rung.MAP.value in final:
+        rest += "; where the digest map was the evidence, it stood for the original's blocks"
     return (
-        f"every block written was read back {cache} and equals what the source sent (BLAKE3); every other block "
-        "matched by digest on both sides (xxh3-128) or is known to read as zero on both"
+        f"every block written was read back {cache} and equals what the source sent (BLAKE3); every other block {rest}"
     )

@@ -22,20 +22,24 @@ from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
 from coordinator.hooks import Hooks
-from coordinator.limits import PASSES, LimitsOutcome
+from coordinator.limits import LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
-from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State
+from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
+from coordinator.rounds import is_pass
 from coordinator.runlog import RunLog
 from coordinator.states import TABLE, Verb, check_verb
 from coordinator.status import PairStatus, UndoForecast, forecast, read_status
 from coordinator.store import Store
 from coordinator.survey import failover_since, survey
+from coordinator.switch_order import SwitchOutcome, check_switch_time, switch_words
 from coordinator.takeover import Author
 
 RUN_ID_BYTES = 5
 REQUEST_POLL_S = 0.3
+SWITCH_WAIT_S = 3.0
+"""How long `failback switch` waits for the process that works on the run; a pass under way ends first."""
 LIMITS_WAIT_S = 10.0
 """How long `failback limit` waits for the pass under way to obey."""
 
@@ -154,6 +158,8 @@ class Coordinator:
         The caller has computed the plan and met no refusal.
         """
         await self.check_start(pair)
+        if options.switch is SwitchPolicy.AT:
+            check_switch_time(options.switch_at_s, self.clock.wall_s())
         run, author = f"r{self.tokens(RUN_ID_BYTES)}", self._author()
         with pair_lock(self.config.state_dir, pair):
             await self._db.write(lambda connection: takeover.start(connection, pair, run, options, author))
@@ -248,11 +254,40 @@ class Coordinator:
             while True:
                 status = await self.pair_status(pair)
                 answer = (await self._db.read(lambda c: journal.get_request(c, change.request))).answer
-                in_pass = status.active and status.run == change.run and status.step in PASSES
+                in_pass = status.active and status.run == change.run and is_pass(status.step)
                 if answer is not None or not in_pass:
                     break
                 await trio.sleep(REQUEST_POLL_S)
         return change.outcome(pair, in_pass=in_pass, answer=answer)
+
+    async def switch(self, pair: str, *, at_s: float | None = None, wait_s: float = SWITCH_WAIT_S) -> SwitchOutcome:
+        """Switch now, or at that time (seconds since 1970), whatever `start` was told. Harmless when repeated.
+
+        Durable when it returns. Where a process works on the run, waits up to `wait_s` for it to take it up.
+
+        Raises:
+            UsageError: the time is past; `WrongState`: no switchover of a run is to come.
+        """
+        now_s, author = self.clock.wall_s(), self._author()
+        check_switch_time(at_s, now_s)
+        asked = await self._db.write(lambda connection: takeover.order_switch(connection, pair, author, at_s))
+        answered = asked.request is None
+        status = await self.pair_status(pair)
+        with trio.move_on_after(wait_s):
+            while not answered and status.active:
+                await trio.sleep(REQUEST_POLL_S)
+                answered = await self._db.read(lambda c: journal.is_answered(c, asked.request))
+                status = await self.pair_status(pair)
+        status = await self.pair_status(pair)
+        return SwitchOutcome(
+            pair=pair,
+            run=asked.run,
+            at_s=at_s,
+            state=status.state,
+            active=status.active,
+            taken_up=answered,
+            sentence=switch_words(pair, at_s, status, answered=answered),
+        )
 
     async def commit(self, pair: str, restore_point: RestorePoint, *, observer: Observer = unobserved) -> Outcome:
         """Failback → Ready: final. Harmless when repeated."""

@@ -9,6 +9,7 @@ from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_switch import FenceReplica
+from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, LiftFence, Side, Unprotect
 
 RESTORE_POINT = "restore_point"
@@ -31,6 +32,22 @@ class DropRestorePoint(Step):
         await prove_off(context, Side.REPLICA)
         drop = Unprotect(order=context.order, vm_uuid=context.pair.replica.uuid, snapshot=context.snapshot)
         await ask(context.source, drop, Done)
+        return Nothing()
+
+
+class ForgetRecords(Step):
+    """Nothing that the run recorded stays in the replica; it is still off and fenced."""
+
+    name = "end_tracking"
+    sentence = "forget what was recorded of the replica's writes"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only where anything may have been recorded."""
+        return context.log.intended(TRACKING)
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Remove it."""
+        await end_tracking(context)
         return Nothing()
 
 
@@ -65,4 +82,4 @@ class ResumeReplication(Step):
         return HooksRecord(names=await context.hooks.run(Hook.RESUME, context.pair, context.run.id))
 
 
-COMMIT_STEPS: tuple[Step, ...] = (DropRestorePoint(), ReleaseReplica(), ResumeReplication())
+COMMIT_STEPS: tuple[Step, ...] = (DropRestorePoint(), ForgetRecords(), ReleaseReplica(), ResumeReplication())

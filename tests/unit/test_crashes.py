@@ -81,6 +81,8 @@ def check_end(house: House) -> None:
     assert pair.state in ENDS, pair
     world.check()
     assert not world.views, "a view was left open"
+    if pair.state is not State.FAILBACK:
+        assert world.records.is_clear, "a checkpoint or bitmap of ours was left"
     if pair.state is State.FAILOVER:
         assert pair.newest is Newest.REPLICA
         assert (world.original.power, world.replica.power) == (Power.OFF, Power.RUNNING)
