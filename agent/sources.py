@@ -44,7 +44,8 @@ class OpenedView:
 
     Attributes:
         tracked: targets whose writes are recorded from this view on.
-        since: by target, the earlier view since which it is told what was written, and `records`, where that is told.
+        since: by target, the earlier view since which it is told what was written.
+        records: where that is told; `dirty`: by target, what the pass has opened there.
         why_not: by target, reasons why it is not tracked, or does not know.
     """
 
@@ -55,6 +56,7 @@ class OpenedView:
     tracked: set[str] = field(default_factory=set)
     since: dict[str, str] = field(default_factory=dict)
     records: dict[str, LiveRecord | ClosedRecord | OverlayedRecord] = field(default_factory=dict)
+    dirty: dict[str, object] = field(default_factory=dict)
     why_not: dict[str, list[str]] = field(default_factory=dict)
     locks: list[HeldImage] = field(default_factory=list)
 
@@ -199,9 +201,8 @@ class ViewDesk:
         Args:
             pair, vm_uuid, targets, view: of which disks of which VM, for which pair, under which name.
             track: record what the guest writes from this view on, where that can be done.
-            overlay: and do it by live overlays for disks whose format has no dirty bitmaps. Their instant comes some
-                ten milliseconds before that of the other disks: disks agree with one another in the last view, which is
-                of the shut-off VM.
+            overlay: and do it by live overlays where the format has no dirty bitmaps. Their instant comes some ten
+                milliseconds earlier: disks agree with one another in the last view, which is of the shut-off VM.
             since: by target, the earlier view since which it shall be known what was written.
             freeze_guest: freeze the guest's file systems for the instant of a live view.
 

@@ -139,7 +139,9 @@ def drop_bitmaps(domain: Any, places: Places) -> None:
         return
     for tag, targets in _strays(facts, places).items():
         with errors_of(f"removing its bitmap {tag}", facts.name):
-            domain.checkpointCreateXML(new_xml(tag, targets, facts), libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+            left_out = [drive for drive in facts.drives if drive not in targets]
+            xml = checkpoint_xml(tag, SNAPSHOT_MARK, targets, left_out, created_s=0)
+            domain.checkpointCreateXML(xml, libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
             _delete(domain, tag, for_real=True)
 
 

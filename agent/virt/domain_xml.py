@@ -331,12 +331,17 @@ def dirty_bitmap_name(target: str) -> str:
     return f"since-{target}"
 
 
-def checkpoint_xml(name: str, description: str, tracked: Iterable[str], excluded: Iterable[str]) -> str:
+def checkpoint_xml(
+    name: str, description: str, tracked: Iterable[str], excluded: Iterable[str], *, created_s: int | None = None
+) -> str:
     """A checkpoint with a bitmap for each of the disks `tracked`, none for the others
-    (https://libvirt.org/formatcheckpoint.html)."""
+    (https://libvirt.org/formatcheckpoint.html). `created_s`, seconds since 1970: it is there already, and libvirt is
+    to be told of it again."""
     root = ET.Element("domaincheckpoint")
     ET.SubElement(root, "name").text = name
     ET.SubElement(root, "description").text = description
+    if created_s is not None:
+        ET.SubElement(root, "creationTime").text = str(created_s)
     disks = ET.SubElement(root, "disks")
     for target in tracked:
         ET.SubElement(disks, "disk", {"name": target, "checkpoint": "bitmap", "bitmap": name})

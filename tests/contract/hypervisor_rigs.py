@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
+import os
+import signal
 import subprocess
 import uuid as uuids
 from dataclasses import dataclass
@@ -56,6 +59,18 @@ class Rig(Protocol):
 
     def read_view(self, view: View, target: str) -> bytes:
         """The whole disk as the view has it."""
+
+    def dirty(self, view: View, target: str) -> list[tuple[int, int]]:
+        """What the view's dirty context lists: (offset, length) in bytes."""
+
+    def lose_bitmap(self, vm: Vm, name: str) -> None:
+        """Somebody removes a bitmap of the running VM's vda behind our back."""
+
+    def bitmaps(self, vm: Vm) -> set[str]:
+        """The names of the bitmaps in vda's image, of a VM that is off."""
+
+    def add_foreign_checkpoint(self, vm: Vm, name: str) -> None:
+        """Another tool makes a checkpoint of the running VM."""
 
     def kill(self, vm: Vm) -> None:
         """The hypervisor process dies by SIGKILL, or as good as that."""
@@ -111,8 +126,22 @@ class FakeRig:
     def read_view(self, view: View, target: str) -> bytes:
         return self.machine.read_view(view, target)
 
+    def dirty(self, view: View, target: str) -> list[tuple[int, int]]:
+        return self.machine.dirty(view, target)
+
+    def lose_bitmap(self, vm: Vm, name: str) -> None:
+        del self.machine.domains[vm.uuid].disks["vda"].bitmaps[name]
+
+    def bitmaps(self, vm: Vm) -> set[str]:
+        return set(self.machine.domains[vm.uuid].disks["vda"].bitmaps)
+
+    def add_foreign_checkpoint(self, vm: Vm, name: str) -> None:
+        domain = self.machine.domains[vm.uuid]
+        domain.foreign_checkpoints += (name,)
+        domain.disks["vda"].bitmaps[name] = []
+
     def kill(self, vm: Vm) -> None:
-        self.machine.domains[vm.uuid].end()
+        self.machine.domains[vm.uuid].end(killed=True)
 
     def pause(self, vm: Vm) -> None:
         self.machine.domains[vm.uuid].state = PowerState.PAUSED
@@ -132,6 +161,7 @@ class LibvirtRig:
 
         self._make = partial(LibvirtHost, administrator.getURI(), scratch_dir=folder / "scratch")
         self._administrator = administrator
+        self._root = Path(administrator.getURI().partition("root=")[2])
         self._guest = guest
         self._folder = folder
         self._domains: list[Any] = []
@@ -186,8 +216,52 @@ class LibvirtRig:
         finally:
             handle.shutdown()
 
+    def dirty(self, view: View, target: str) -> list[tuple[int, int]]:
+        handle: Any = importlib.import_module("nbd").NBD()
+        context = view.dirty_contexts[target]
+        handle.set_export_name(view.exports[target])
+        handle.add_meta_context(context)
+        handle.connect_unix(str(view.socket))
+        found: list[tuple[int, int]] = []
+
+        def told(name: str, offset: int, entries: list[int], _error: int) -> int:
+            for length, flags in zip(entries[::2], entries[1::2], strict=True) if name == context else ():
+                if flags & 1:
+                    found.append((offset, length))
+                offset += length
+            return 0
+
+        try:
+            handle.block_status(handle.get_size(), 0, told)
+            return found
+        finally:
+            handle.shutdown()
+
+    def lose_bitmap(self, vm: Vm, name: str) -> None:
+        monitor = importlib.import_module("libvirt_qemu").qemuMonitorCommand
+        domain = self._administrator.lookupByUUIDString(vm.uuid)
+        nodes = json.loads(monitor(domain, '{"execute": "query-named-block-nodes"}', 0))["return"]
+        node = next(n["node-name"] for n in nodes if name in [b.get("name") for b in n.get("dirty-bitmaps", ())])
+        order = {"execute": "block-dirty-bitmap-remove", "arguments": {"node": node, "name": name}}
+        assert "error" not in json.loads(monitor(domain, json.dumps(order), 0))
+
+    def bitmaps(self, vm: Vm) -> set[str]:
+        command = ["qemu-img", "info", "-U", "--output=json", str(vm.disks["vda"][0])]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        return {bitmap["name"] for bitmap in told["format-specific"]["data"].get("bitmaps", ())}
+
+    def add_foreign_checkpoint(self, vm: Vm, name: str) -> None:
+        xml = f"<domaincheckpoint><name>{name}</name></domaincheckpoint>"
+        self._administrator.lookupByUUIDString(vm.uuid).checkpointCreateXML(
+            xml.replace("</name>", "</name><disks><disk name='vda' checkpoint='bitmap'/></disks>"), 0
+        )
+
     def kill(self, vm: Vm) -> None:
-        self._administrator.lookupByUUIDString(vm.uuid).destroy()
+        # Not libvirt's destroy, which lets QEMU save its bitmaps first.
+        domain = self._administrator.lookupByUUIDString(vm.uuid)
+        pid = int((self._root / "run/qemu" / f"{domain.name()}.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        assert self.host.wait_off(vm.uuid, 60)
 
     def pause(self, vm: Vm) -> None:
         self._administrator.lookupByUUIDString(vm.uuid).suspend()
@@ -244,7 +318,9 @@ class LibvirtRig:
             if domain.isActive():
                 domain.destroy()
             domain.undefineFlags(
-                libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
             )
         for host in self._hosts:
             host.close()

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import pytest
 
+from agent.disk.bitmaps import bitmaps_of, dirty_bytes, remove_bitmap
+from agent.disk.lock import hold_frozen
 from agent.errors import HypervisorError
 from agent.virt.libvirt_host import LibvirtHost
-from agent.virt.seam import PowerState, View
+from agent.virt.seam import EarlierView, PowerState, View
 from tests.lab import console
 from tests.lab.domain import LabDisk, domain_xml
 from tests.lab.guest import Guest
@@ -25,6 +27,7 @@ pytestmark = [pytest.mark.real, pytest.mark.root]
 DISKS: dict[str, Literal["qcow2", "raw"]] = {"vda": "qcow2", "vdb": "raw"}
 UUID = str(uuids.uuid4())
 OFF_TIMEOUT_S = 60.0
+V1, V2 = "failback-000000000001", "failback-000000000002"
 
 
 @pytest.fixture
@@ -93,6 +96,40 @@ def test_unprivileged_qemu_and_libvirtd_that_restarts(machine: PrivateHost) -> N
     assert {path.name for path in machine.images.iterdir()} == files
     host.power_on(UUID)
     host.force_off(UUID, graceful=False)
+    host.close()
+
+
+def test_records_outlive_libvirtd_the_view_and_a_graceful_end(machine: PrivateHost) -> None:
+    """With QEMU as libvirt's own user, and libvirtd killed while a tracked view is open."""
+    log = machine.images / "console.log"
+    host = _host(machine)
+    host.power_on(UUID)
+    console.wait_ready(log, 120)
+    first = host.open_view(UUID, list(DISKS), V1, checkpoint=True)
+    assert first.tracked == frozenset({"vda"})
+    machine.stop_libvirtd(kill=True)
+    machine.start_libvirtd()
+    console.wait_for_writes(log, "vda", 2)
+    host = _host(machine)
+    host.close_view(UUID, V1)
+    image = first.images["vda"]
+    since = {"vda": EarlierView(tag=V1, path=image.path, identity=image.identity)}
+    second = host.open_view(UUID, list(DISKS), V2, checkpoint=True, since=since)
+    assert (second.since, second.tracked) == ({"vda": V1}, frozenset({"vda"}))
+    assert second.scratch["vda"].exists()
+    host.close_view(UUID, V2)
+    host.drop_checkpoints(UUID, [V2])
+    host.request_shutdown(UUID)
+    assert host.wait_off(UUID, OFF_TIMEOUT_S)
+    (bitmap,) = bitmaps_of(image.path, "qcow2")
+    assert (bitmap.name, bitmap.in_use, bitmap.enabled) == (V2, False, True)
+    host.drop_checkpoints(UUID)
+    held = hold_frozen(image.path)
+    counted = dirty_bytes("vda", image.path, "qcow2", V2, machine.folder)
+    assert 0 < counted <= image.virtual_size_bytes
+    remove_bitmap(image.path, "qcow2", V2, locked_by_us=True)
+    assert bitmaps_of(image.path, "qcow2") == ()
+    held.close()
     host.close()
 
 

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from agent.errors import HypervisorError, NoSuchDomain
+from agent.errors import GuestAgentMissing, HypervisorError, NoSuchDomain
 from agent.virt import images
 from agent.virt.names import (
     ImageRef,
     check_snapshot,
     check_tag,
+    is_our_bitmap,
     is_ours,
     marked,
     overlay_paths,
@@ -31,8 +32,10 @@ from agent.virt.names import (
     track_overlay_path,
 )
 from agent.virt.seam import (
+    NO_EARLIER_VIEW,
     Domain,
     DomainDisk,
+    EarlierView,
     HostFacts,
     Image,
     Overlay,
@@ -57,11 +60,13 @@ OBEYS_WITHIN_S = 0.5
 
 @dataclass(slots=True)
 class FakeImage:
-    """An image: `backing` is the one below it, or None."""
+    """An image: `backing` is the one below it, or None; `bitmaps`: by name, the ranges written since, or None for one
+    that was not saved."""
 
     path: Path
     format: str
     backing: FakeImage | None = None
+    bitmaps: dict[str, list[tuple[int, int]] | None] = field(default_factory=dict)
 
     def chain(self) -> Iterator[FakeImage]:
         """This image and everything below it."""
@@ -108,10 +113,20 @@ class FakeDomain:
     off_at_s: float | None = None
     view: FakeView | None = None
     snapshots: list[FakeSnapshot] = field(default_factory=list)
+    checkpoints: dict[str, frozenset[str]] = field(default_factory=dict)
+    foreign_checkpoints: tuple[str, ...] = ()
+    has_agent: bool = False
+    agent_hangs: bool = False
+    frozen: bool = False
+    stalled: bool = False
 
-    def end(self) -> None:
-        """The process is gone, and its jobs with it."""
+    def end(self, *, killed: bool = False) -> None:
+        """The process is gone, and its jobs with it; killed, it has saved no bitmap."""
         self.state, self.off_at_s, self.view = PowerState.OFF, None, None
+        self.frozen = self.stalled = False
+        if killed:
+            for top in self.disks.values():
+                top.bitmaps = dict.fromkeys(top.bitmaps)
 
 
 class FakeMachine:
@@ -150,6 +165,16 @@ class FakeMachine:
         with domain.disks[target].path.open("r+b") as image:
             image.seek(offset_bytes)
             image.write(data)
+        for ranges in domain.disks[target].bitmaps.values():
+            if ranges is not None:
+                ranges.append((offset_bytes, len(data)))
+
+    def dirty(self, view: View, target: str) -> list[tuple[int, int]]:
+        """What an NBD client would read of the view's dirty context: (offset, length) in bytes."""
+        assert view.dirty_contexts[target]
+        ranges = self.domains[view.domain_uuid].disks[target].bitmaps[view.since[target]]
+        assert ranges is not None
+        return sorted(ranges)
 
     def read_view(self, view: View, target: str) -> bytes:
         """What an NBD client would read of an open view."""
@@ -203,7 +228,7 @@ class FakeHypervisor:
                 snapshots=tuple(
                     Snapshot(name=s.name, ours=is_ours(s.name, s.description), external=True) for s in domain.snapshots
                 ),
-                checkpoints=(),
+                checkpoints=domain.foreign_checkpoints,
                 job=None if domain.view is None else "backup",
             )
 
@@ -249,14 +274,22 @@ class FakeHypervisor:
         with self._domain(uuid) as domain:
             if graceful and domain.qemu_hangs:
                 raise HypervisorError(f"VM {domain.name}: QEMU does not end.", vm=domain.name)
-            domain.end()
+            domain.end(killed=not graceful)
 
     def set_autostart(self, uuid: str, enabled: bool) -> bool:
         with self._domain(uuid) as domain:
             before, domain.autostart = domain.autostart, enabled
             return before
 
-    def open_view(self, uuid: str, targets: Sequence[str], tag: str) -> View:
+    def open_view(
+        self,
+        uuid: str,
+        targets: Sequence[str],
+        tag: str,
+        *,
+        checkpoint: bool = False,
+        since: Mapping[str, EarlierView] = NO_EARLIER_VIEW,
+    ) -> View:
         check_tag(tag)
         with self._domain(uuid) as domain:
             if domain.state is PowerState.OFF:
@@ -269,13 +302,64 @@ class FakeHypervisor:
                 (top.path.parent / scratch_name(domain.uuid, target, tag)).touch()
             socket = self.machine.folder / f"{domain.uuid}-{socket_name(tag)}"
             socket.touch()
-            return View(domain_uuid=domain.uuid, socket=socket, exports={target: target for target in targets})
+            known, why_not = _known(domain, since)
+            tracked: frozenset[str] = frozenset()
+            is_new = False
+            if checkpoint:
+                able = frozenset(target for target, top in tops.items() if top.format == "qcow2")
+                why_not |= {t: f"the format of the disk {t} holds no bitmap" for t in tops if t not in able}
+                is_new = bool(able) and tag not in domain.checkpoints
+                tracked = domain.checkpoints.setdefault(tag, able) & able if able else able
+                for target in tracked if is_new else ():
+                    tops[target].bitmaps[tag] = []
+            return View(
+                domain_uuid=domain.uuid,
+                socket=socket,
+                exports={target: target for target in targets},
+                images={target: _image(top) for target, top in tops.items()},
+                scratch={t: top.path.parent / scratch_name(domain.uuid, t, tag) for t, top in tops.items()},
+                tracked=tracked,
+                checkpoint_is_new=is_new,
+                since=known,
+                dirty_contexts={target: f"qemu:dirty-bitmap:since-{target}" for target in known},
+                why_not=why_not,
+            )
+
+    def has_stalled(self, uuid: str) -> bool:
+        with self._domain(uuid) as domain:
+            return domain.stalled
+
+    def drop_checkpoints(self, uuid: str, keep: Sequence[str] = ()) -> None:
+        with self._domain(uuid) as domain:
+            for tag in [tag for tag in domain.checkpoints if tag not in keep]:
+                targets = domain.checkpoints.pop(tag)
+                for target in targets if domain.state is not PowerState.OFF else ():
+                    domain.disks[target].bitmaps.pop(tag, None)
+
+    def drop_bitmaps(self, uuid: str) -> None:
+        self.drop_checkpoints(uuid)
+        with self._domain(uuid) as domain:
+            for top in domain.disks.values() if domain.state is not PowerState.OFF else ():
+                top.bitmaps = {name: ranges for name, ranges in top.bitmaps.items() if not is_our_bitmap(name)}
+
+    def freeze_guest(self, uuid: str) -> None:
+        with self._domain(uuid) as domain:
+            if not domain.has_agent:
+                raise GuestAgentMissing(f"No guest agent listens in the VM {domain.name}.", vm=domain.name)
+            domain.frozen = True
+
+    def thaw_guest(self, uuid: str) -> None:
+        with self._domain(uuid) as domain:
+            if domain.state is not PowerState.OFF and domain.has_agent:
+                if domain.agent_hangs:
+                    raise HypervisorError(f"VM {domain.name}: its agent does not answer.", vm=domain.name)
+                domain.frozen = False
 
     def close_view(self, uuid: str, tag: str) -> None:
         check_tag(tag)
         with self._domain(uuid) as domain:
             if domain.view is not None and domain.view.tag == tag:
-                domain.view = None
+                domain.view, domain.stalled = None, False
             for target, top in domain.disks.items():
                 for image in top.chain():
                     (image.path.parent / scratch_name(domain.uuid, target, tag)).unlink(missing_ok=True)
@@ -358,6 +442,22 @@ class FakeHypervisor:
         return
 
 
+def _known(domain: FakeDomain, since: Mapping[str, EarlierView]) -> tuple[dict[str, str], dict[str, str]]:
+    known: dict[str, str] = {}
+    why_not: dict[str, str] = {}
+    for target, earlier in since.items():
+        top = _disk(domain, target)
+        if (top.path, images.identity(top.path)) != (earlier.path, earlier.identity):
+            why_not[target] = f"the image of the disk {target} is not the one of then any more"
+        elif target not in domain.checkpoints.get(earlier.tag, ()):
+            why_not[target] = f"there is no checkpoint of the disk {target} from then any more"
+        elif top.bitmaps.get(earlier.tag) is None:
+            why_not[target] = f"the record of the disk {target} is lost"
+        else:
+            known[target] = earlier.tag
+    return known, why_not
+
+
 def _disk(domain: FakeDomain, target: str) -> FakeImage:
     if target not in domain.disks:
         raise HypervisorError(f"VM {domain.name} has no disk {target}.", vm=domain.name)
@@ -391,20 +491,25 @@ def _require_off(domain: FakeDomain) -> None:
         raise HypervisorError(f"VM {domain.name} is {domain.state.value}: power it off.", vm=domain.name)
 
 
+def _image(image: FakeImage) -> Image:
+    return Image(
+        path=image.path,
+        format=image.format,
+        identity=images.identity(image.path),
+        virtual_size_bytes=image.path.stat().st_size,
+        bitmaps=tuple(image.bitmaps),
+        keeps_bitmaps=image.format == "qcow2",
+        modified_s=images.modified_s(image.path),
+        allocated_bytes=image.path.stat().st_blocks * 512,
+    )
+
+
 def _describe(target: str, top: FakeImage) -> DomainDisk:
     disk = DomainDisk(target=target, kind=SourceKind.FILE, chain=(), free_bytes=images.free_bytes(top.path.parent))
     try:
         return replace(
             disk,
-            chain=tuple(
-                Image(
-                    path=image.path,
-                    format=image.format,
-                    identity=images.identity(image.path),
-                    virtual_size_bytes=image.path.stat().st_size,
-                )
-                for image in top.chain()
-            ),
+            chain=tuple(_image(image) for image in top.chain()),
         )
     except images.UnreadableChain as error:
         return replace(disk, problem=error.sentence)

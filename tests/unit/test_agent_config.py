@@ -35,9 +35,11 @@ def test_every_setting_can_be_given(tmp_path: Path) -> None:
         'name = "prod1"\nlisten = "10.0.0.1"\ncontrol_port = 1\nbulk_port = 2\nstate_dir = "/s"\nruntime_dir = "/r"\n'
         + TLS
         + '[libvirt]\nuri = "qemu:///embed?root=/x"\nscratch_dir = "/y"\n'
+        + "[scratch]\nused_percent = 50\nreserve_mib = 7\n"
     )
     config = load(_write(tmp_path, text))
     assert (config.name, config.listen, config.control_port, config.bulk_port) == ("prod1", "10.0.0.1", 1, 2)
+    assert (config.scratch.used_percent, config.scratch.reserve_mib) == (50, 7)
     assert (config.state_dir, config.runtime_dir, config.libvirt.scratch_dir) == (Path("/s"), Path("/r"), Path("/y"))
 
 
@@ -54,6 +56,8 @@ def test_every_setting_can_be_given(tmp_path: Path) -> None:
         ("control_port = 70000\n" + TLS, "from 1 to 65535"),
         ("control_port = 9861\n" + TLS, "must differ"),
         (TLS.replace("DIR/key.pem", "DIR/nowhere.pem"), "missing or not readable"),
+        (TLS + "[scratch]\nused_percent = 100\n", "from 1 to 99"),
+        (TLS + "[scratch]\nreserve_mib = 0\n", "at least 1"),
         (TLS + "[libvirt]\nuri = 3\n", '"libvirt.uri" must be of type str'),
     ],
 )

@@ -19,7 +19,8 @@ from agent.fences import Fenced, NotFenced, Torn
 from agent.ledger import ConditionRecord, DiskCondition, ViewRecord
 from agent.passes import PassEnded
 from agent.service import failure_of
-from agent.sources import ViewDesk, tag_of
+from agent.sources import ViewDesk
+from agent.tags import tag_of
 from agent.virt.seam import PowerState
 from protocol.messages import (
     AskPower,

@@ -30,7 +30,12 @@ def test_the_agents_settings_in_install_are_all_there_and_the_defaults(tmp_path:
     file.write_text(text.replace("/etc/failback/pki", str(tmp_path)))
     shown = agent.config.load(file)
     assert replace(shown, name=socket.gethostname()) == agent.config.Config(tls=shown.tls)
-    for section in (agent.config.Config, agent.config.TlsConfig, agent.config.LibvirtConfig):
+    for section in (
+        agent.config.Config,
+        agent.config.TlsConfig,
+        agent.config.LibvirtConfig,
+        agent.config.ScratchConfig,
+    ):
         for field in fields(section):
             assert re.search(rf"^\[?{field.name}( =|\])", text, re.M), field.name
 

@@ -9,7 +9,9 @@ import pytest
 
 from agent.virt.domain_xml import (
     backup_xml,
+    checkpoint_xml,
     parse_backup,
+    parse_checkpoint,
     parse_domain,
     parse_snapshot,
     point_disks_at,
@@ -246,3 +248,25 @@ def test_overlays_of_like_named_bases_differ() -> None:
     )
     assert len(set(paths.values())) == 3
     assert paths["vdc"] == Path("/s/c.failback-1.qcow2")
+
+
+def test_a_view_asks_for_what_was_written_since_by_disk() -> None:
+    xml = backup_xml(Path("/s"), {"vda": Path("/a"), "vdb": Path("/b")}, ["vdc"], {"vda": "failback-1"})
+    disks = {disk.get("name"): disk.attrib for disk in ET.fromstring(xml).findall("disks/disk")}
+    assert disks["vda"]["incremental"] == "failback-1"
+    assert disks["vda"]["exportbitmap"] == "since-vda"
+    assert "incremental" not in disks["vdb"]
+
+
+def test_a_checkpoint_is_known_by_its_mark_and_its_disks() -> None:
+    text = checkpoint_xml("failback-1", "made by failback", ["vda"], ["vdb"], created_s=7)
+    facts = parse_checkpoint(text)
+    assert (facts.name, facts.tracked) == ("failback-1", ("vda",))
+    assert is_ours(facts.name, facts.description)
+    assert ET.fromstring(text).findtext("creationTime") == "7"
+
+
+def test_a_guest_agent_counts_when_something_in_the_guest_listens() -> None:
+    channel = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='{}'/></channel>"
+    assert parse_domain(domain(channel.format("connected"))).agent_connected
+    assert not parse_domain(domain(channel.format("disconnected"))).agent_connected

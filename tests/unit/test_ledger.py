@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from agent.ledger import (
     LockKind,
     ProtectedImage,
     ProtectionRecord,
+    TrackedImage,
+    TrackingRecord,
 )
 
 FENCE = FenceRecord(
@@ -104,3 +107,22 @@ def test_a_state_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(LedgerError, match="cannot be used"):
         Ledger.open(tmp_path / "file" / "state")
+
+
+def test_what_views_record_is_kept_by_view_and_forgotten_by_vm(tmp_path: Path) -> None:
+    with contextlib.closing(Ledger.open(tmp_path)) as ledger:
+        image = TrackedImage(target="vda", path=Path("/a"), identity="1")
+        for view in ("r1-1", "r1-2"):
+            ledger.put_tracking(TrackingRecord(vm_uuid="a", view=view, images=(image,)))
+        ledger.put_tracking(TrackingRecord(vm_uuid="b", view="r1-1", images=()))
+        ledger.put_thaw("a")
+        ledger.put_thaw("a")
+        ledger.drop_trackings("a", ["r1-2"])
+    with contextlib.closing(Ledger.open(tmp_path)) as ledger:
+        assert ledger.tracked_image("a", "r1-1", "vda") is None
+        assert ledger.tracked_image("a", "r1-2", "vda") == image
+        assert ledger.tracked_image("a", "r1-2", "vdb") is None
+        assert ledger.tracking("b", "r1-1") is not None
+        assert [owed.vm_uuid for owed in ledger.contents.thaws] == ["a"]
+        ledger.drop_thaw("a")
+        assert ledger.contents.thaws == ()

@@ -59,6 +59,30 @@ async def test_a_deaf_guest_goes_on_running_or_is_forced_as_was_told(vm: tuple[F
     assert host.state(domain.uuid) is PowerState.OFF
 
 
+async def test_bitmaps_are_saved_before_anything_is_killed(vm: tuple[FakeMachine, FakeDomain]) -> None:
+    machine, domain = vm
+    domain.guest = GuestBehaviour.IGNORES
+    domain.disks["vda"].bitmaps["b"] = []
+    answer = await _power_off(FakeHypervisor(machine), domain.uuid, OnTimeout.FORCE)
+    assert (answer.forced, answer.killed) == (True, False)
+    assert domain.disks["vda"].bitmaps == {"b": []}
+
+
+async def test_qemu_that_does_not_end_is_killed_after_its_time_and_that_is_told(
+    vm: tuple[FakeMachine, FakeDomain],
+) -> None:
+    machine, domain = vm
+    domain.guest, domain.qemu_hangs = GuestBehaviour.IGNORES, True
+    domain.disks["vda"].bitmaps["b"] = []
+    answer = await power.power_off(
+        FakeHypervisor(machine), Threads(), domain.uuid, timeout_s=0.1, on_timeout=OnTimeout.FORCE, kill_after_s=0.2
+    )
+    assert (answer.forced, answer.killed) == (True, True)
+    assert answer.elapsed_s >= 0.3
+    assert domain.disks["vda"].bitmaps == {"b": None}
+    assert domain.state is PowerState.OFF
+
+
 @pytest.mark.parametrize("state", [PowerState.PAUSED, PowerState.SUSPENDED, PowerState.CRASHED])
 async def test_a_guest_that_cannot_answer_is_forced_at_once_if_that_was_told(
     vm: tuple[FakeMachine, FakeDomain], state: PowerState
