@@ -217,9 +217,8 @@ class ViewDesk:
         Args:
             pair, vm_uuid, targets, view: of which disks of which VM, for which pair, under which name.
             track: record what the guest writes from this view on, where that can be done.
-            overlay: and do it by live overlays for disks whose format has no dirty bitmaps. Their instant comes some
-                ten milliseconds before that of the other disks: disks agree with one another in the last view, which is
-                of the shut-off VM.
+            overlay: and do it by live overlays where the format has no dirty bitmaps. Their instant comes some ten
+                milliseconds earlier: disks agree with one another in the last view, which is of the shut-off VM.
             since: by target, the earlier view since which it shall be known what was written.
             freeze_guest: freeze the guest's file systems for the instant of a live view.
 
