@@ -33,6 +33,8 @@ def _image(image: Image) -> ImageDescription:
         corrupt=image.corrupt,
         encrypted=image.encrypted,
         external_data=image.external_data,
+        modified_s=image.modified_s,
+        allocated_bytes=image.allocated_bytes,
     )
 
 

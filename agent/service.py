@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from agent.fences import Fenced, FenceKeeper, Torn
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
+from agent.sampling import sample_disk
 from agent.sources import ViewDesk
 from agent.threads import Threads
 from agent.virt.seam import Domain, Hypervisor, Overlay, PowerState
@@ -113,7 +115,11 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
-            case AskEvidence() | SampleBlocks():
+            case SampleBlocks():
+                return await self.threads.on_disk(
+                    lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)
+                )
+            case AskEvidence():
                 raise Forbidden(f"this agent does not answer the question {type(request).__name__}")
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
@@ -186,6 +192,8 @@ class AgentService:
             bulk_port=self.config.bulk_port,
             fingerprint=self.fingerprint,
             missing_tools=tuple(f"{tool} ({package})" for tool, package in TOOLS.items() if not shutil.which(tool)),
+            clock_s=time.time(),
+            state_free_bytes=shutil.disk_usage(self.config.state_dir).free,
         )
 
     async def _inspect(self, name_or_uuid: str) -> VmDescription:

@@ -83,6 +83,7 @@ class QemuNbd:
         *,
         held: HeldImage | None = None,
         idle: bool = False,
+        shared: bool = False,
     ) -> QemuNbd:
         """Serve an image that no VM is using.
 
@@ -94,6 +95,7 @@ class QemuNbd:
             held: the exclusive lock under which the image is served for writing; the process inherits it, so it lives
                 until the last writer is gone. None serves for reading only, under QEMU's own locks.
             idle: it works under idle I/O priority (see `agent.disk.priority`).
+            shared: read an image that others may be writing to, without a lock (see `image_options`).
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
@@ -106,7 +108,9 @@ class QemuNbd:
             raise storage_error(name, str(image), "opening", error.errno or 0) from error
         server = cls(name, image, path, past_cache=past_cache, writable=held is not None)
         try:
-            options = image_options(image, image_format, is_device=is_device, locked_by_us=held is not None)
+            options = image_options(
+                image, image_format, is_device=is_device, locked_by_us=held is not None, shared=shared
+            )
             server._launch(_command(server, options), held, idle=idle)
             server._await_ready()
         except BaseException:

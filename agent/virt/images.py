@@ -70,7 +70,19 @@ def _image(info: dict[str, Any]) -> Image:
         corrupt=specific.get("corrupt", False),
         encrypted=info.get("encrypted", False),
         external_data="data-file" in specific,
+        modified_s=modified_s(path),
+        allocated_bytes=info.get("actual-size", 0),
     )
+
+
+def modified_s(path: Path) -> float:
+    """When the file was last written, seconds since 1970 by this host's clock; 0 for a device, whose node does not
+    tell, and for a file that cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0.0
+    return status.st_mtime if stat.S_ISREG(status.st_mode) else 0.0
 
 
 def identity(path: Path) -> str:

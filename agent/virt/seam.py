@@ -47,6 +47,8 @@ class Image:
         internal_snapshots: number of snapshots inside a qcow2 image.
         bitmaps: names of persistent dirty bitmaps.
         dirty, corrupt, encrypted, external_data: what makes reading by cluster map unsafe.
+        modified_s: when its file was last written, seconds since 1970 by this host's clock; 0: not known (devices).
+        allocated_bytes: what it takes of its storage.
     """
 
     path: Path
@@ -59,6 +61,8 @@ class Image:
     corrupt: bool = False
     encrypted: bool = False
     external_data: bool = False
+    modified_s: float = 0.0
+    allocated_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
