@@ -14,6 +14,7 @@ import trio
 from sqlalchemy import Connection
 
 from coordinator import journal, registry
+from coordinator.audit import END_AUDIT, AuditState, audit_status, failback_words
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, JournalEntry, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, ExitCode, NeedsOperator
@@ -23,13 +24,14 @@ from coordinator.records import Record
 from coordinator.registry import Superseded
 from coordinator.reports import closing_report
 from coordinator.steps import Finding, Step, Verdict
+from coordinator.steps_check import AUDIT_STEP
 from coordinator.steps_commit import COMMIT_STEPS
 from coordinator.steps_switch import SWITCH_STEPS
 from coordinator.steps_sync import SYNC_STEPS
 
 INTERRUPT_POLL_S = 0.3
 """How often a pass looks for requests in the database."""
-RUN_STEPS = (*SYNC_STEPS, *SWITCH_STEPS)
+RUN_STEPS = (*SYNC_STEPS, *SWITCH_STEPS, AUDIT_STEP)
 RENEWED_IN_SWITCHOVER = tuple(step for step in SYNC_STEPS if step.lasts_until == "verify")
 """What a process that takes over inside the switchover must set up again."""
 OUTCOMES = {State.ROLLING_BACK: "rolled-back", State.CANCELLING: "cancelled", State.UNDOING: "undone"}
@@ -57,6 +59,7 @@ class Engine:
         self._stop_answered = False
         self._cancel_claimed = False
         self._failure: CoordinatorError | None = None
+        self._audited = False
 
     async def work(self) -> Outcome:
         """Go on until the run rests.
@@ -77,6 +80,8 @@ class Engine:
                     case State.COMMITTING:
                         await self._run_steps(COMMIT_STEPS)
                         await self._finish_commit()
+                    case State.FAILBACK if self._audit_is_due():
+                        await self._run_step(AUDIT_STEP)
                     case State.ROLLING_BACK | State.CANCELLING | State.UNDOING:
                         await self._walk_back()
                     case _:
@@ -183,12 +188,24 @@ class Engine:
         assert interrupted is not None  # nothing else cancels that nursery
         raise interrupted
 
+    def _audit_is_due(self) -> bool:
+        """Once for each process; one that differed before is repeated where somebody asks for it."""
+        context, begun = self._context, self._audited
+        self._audited = True
+        found = audit_status(context.pair.name, context.options, context.log)
+        return not begun and found.state not in (AuditState.OFF, AuditState.CLEAN)
+
     # --- stop and cancel ------------------------------------------------------------------------------------------
 
     async def _boundary(self) -> None:
-        """While the replica serves: obey stop and cancel here."""
+        """While somebody is served: obey stop and cancel here, or, in an audit, who wants it to end."""
         context = self._context
         name, run = context.pair.name, context.run.id
+        if context.pair.state is State.FAILBACK:
+            asked = await context.store.write(lambda connection: journal.claim(connection, name, run, END_AUDIT))
+            if asked is not None or self._stop.is_set():
+                raise _Interrupted(cancel=False)
+            return
         request = await context.store.write(lambda connection: journal.claim(connection, name, run, "cancel"))
         if request is not None:
             self._cancel_claimed = True  # kept: the step that was to be broken off may end well at this very moment
@@ -318,6 +335,8 @@ class Engine:
         context = self._context
         state = context.pair.state
         self._failure = error
+        if state is State.FAILBACK:
+            return False  # the audit alone failed: the failback stands
         if state is State.SWITCHING and not context.past_no_return:
             await self.take_back(State.ROLLING_BACK, error.sentence)
             return True
@@ -343,10 +362,7 @@ class Engine:
         code, sentence = ExitCode.DONE, ""
         match state:
             case State.FAILBACK:
-                power = "runs" if context.options.power_on else "is verified and off"
-                sentence = (
-                    f"{name} has failed back: the original {power}; `failback commit {name}` or `failback undo {name}`"
-                )
+                code, sentence = failback_words(name, context.options, context.log)
             case State.READY:
                 sentence = f"{name} is committed: the original is in use, the replica stands by"
             case State.FAILOVER if run.outcome == "rolled-back":

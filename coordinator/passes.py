@@ -60,7 +60,7 @@ async def run_pass(context: RunContext, step: str, view: str) -> PassRecord:
         (context.source, _grant(context, survey, grant, view, Direction.SEND)),
     ):
         await ask(agent, AllowPass(order=context.order, grant=allowed), Done, timeout_s=QUESTION_TIMEOUT_S)
-    source, target = await _both(context, step, grant, survey)
+    source, target = await both_sides(context, step, grant, survey)
     check_reports(survey.disks, view, source, target)
     equal = SetCondition(
         order=context.order, vm_uuid=context.pair.original.uuid, condition=Condition.EQUALS_VIEW, view=view
@@ -112,7 +112,7 @@ async def _orders(context: RunContext, grant: str, survey: SurveyRecord) -> dict
     return {Direction.RECEIVE: receive, Direction.SEND: send}
 
 
-async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord) -> tuple[PassReport, PassReport]:
+async def both_sides(context: RunContext, step: str, grant: str, survey: SurveyRecord) -> tuple[PassReport, PassReport]:
     """Let both agents carry the pass out, the receiver first. Raises the failure that tells why."""
     reports: dict[Direction, PassReport] = {}
     failures: list[CoordinatorError] = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.entries import EntryKind, Phase, RunRecord
+from coordinator.evidence_words import evidence_sentence
 from coordinator.model import DiskPair, State
-from coordinator.records import PassRecord, SurveyRecord
+from coordinator.records import CheckRecord, PassRecord, SurveyRecord
 from coordinator.runlog import RunLog
 from protocol.messages import Power
 
@@ -74,6 +75,7 @@ class ClosingReport:
         started_s, ended_s: wall time, seconds since 1970.
         downtime_s: from the order to power the replica off until the original ran (or the replica ran again, or the
             state Failback was reached without power-on); None when the replica was not touched or is still off.
+        audit, verify_full: what the comparisons of whole disks found; None where none was completed.
         evidence: one sentence on what the blocks that were not written rest on.
     """
 
@@ -87,6 +89,8 @@ class ClosingReport:
     disks: tuple[DiskLine, ...]
     steps: tuple[StepLine, ...]
     evidence: str
+    audit: CheckRecord | None = None
+    verify_full: CheckRecord | None = None
 
 
 def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> ClosingReport:
@@ -107,7 +111,9 @@ def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> 
         downtime_s=downtime_s(log),
         disks=lines,
         steps=_step_lines(log),
-        evidence=_evidence(lines),
+        evidence=evidence_sentence(lines),
+        audit=log.result("audit", CheckRecord),
+        verify_full=log.result("verify_full", CheckRecord),
     )
 
 
@@ -173,14 +179,4 @@ def _step_lines(log: RunLog) -> tuple[StepLine, ...]:
         )
         for e in log.entries
         if e.kind in (EntryKind.DONE, EntryKind.FAILED)
-    )
-
-
-def _evidence(lines: tuple[DiskLine, ...]) -> str:
-    if not lines:
-        return "no pass was completed: nothing is claimed of the original's disks"
-    cache = "past the page cache" if all(line.past_cache for line in lines) else "in part through the page cache only"
-    return (
-        f"every block written was read back {cache} and equals what the source sent (BLAKE3); every other block "
-        "matched by digest on both sides (xxh3-128) or is known to read as zero on both"
     )

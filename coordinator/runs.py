@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
 import trio
+from sqlalchemy import Connection
 
 from coordinator import journal, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
+from coordinator.audit import END_AUDIT
+from coordinator.audit_wait import end_audit, have_audit
 from coordinator.clock import Clock, SystemClock, Tokens, system_tokens
 from coordinator.config import Config
 from coordinator.context import RunContext
@@ -254,10 +257,30 @@ class Coordinator:
                 await trio.sleep(REQUEST_POLL_S)
         return change.outcome(pair, in_pass=in_pass, answer=answer)
 
-    async def commit(self, pair: str, restore_point: RestorePoint, *, observer: Observer = unobserved) -> Outcome:
-        """Failback → Ready: final. Harmless when repeated."""
+    async def commit(
+        self,
+        pair: str,
+        restore_point: RestorePoint,
+        *,
+        observer: Observer = unobserved,
+        stop: trio.Event | None = None,
+        wait_audit: bool = True,
+    ) -> Outcome:
+        """Failback → Ready: final. Harmless when repeated.
+
+        `wait_audit`: first have the audit's result, from the process that audits, or by doing it here; otherwise an
+        audit under way is ended. `stop`, once set, ends an audit that is done here.
+
+        Raises:
+            AuditDiffers: the audit found a difference, which forbids the commit in either case.
+            AuditMissing: it could not be carried out.
+        """
         done = await self._already(await self.get_pair(pair), State.READY, "committed")
-        return done or await self._work(pair, Verb.COMMIT, observer, None, restore_point)
+        if done is not None:
+            return done
+        if wait_audit:
+            await have_audit(self, pair, lambda: self._work(pair, Verb.RESUME, observer, stop), observer)
+        return await self._after_audit(pair, lambda: self._work(pair, Verb.COMMIT, observer, None, restore_point))
 
     async def undo(self, pair: str, *, observer: Observer = unobserved) -> Outcome:
         """Failback (or after the point of no return, Needs operator) → Failover: the replica serves again.
@@ -265,7 +288,7 @@ class Coordinator:
         Harmless when repeated.
         """
         done = await self._already(await self.get_pair(pair), State.FAILOVER, "undone")
-        return done or await self._work(pair, Verb.UNDO, observer, None)
+        return done or await self._after_audit(pair, lambda: self._work(pair, Verb.UNDO, observer, None))
 
     async def forecast_undo(self, pair: str) -> UndoForecast:
         """How long the original has run since the switchover: what undo would leave behind."""
@@ -344,6 +367,18 @@ class Coordinator:
                 actor=self.actor,
             )
             return await Engine(context, stop).work()
+
+    async def _after_audit(self, pair: str, act: Callable[[], Awaitable[Outcome]]) -> Outcome:
+        """Act, after an audit under way in another process was asked to end, and did."""
+        found = await self.get_pair(pair)
+
+        def ask(connection: Connection) -> int:
+            run = found.run or ""
+            return journal.ask(
+                connection, pair=pair, run=run, verb=END_AUDIT, actor=self.actor, at_s=self.clock.wall_s()
+            )
+
+        return await end_audit(self, pair, lambda: self._db.write(ask), act)
 
     async def _already(self, pair: Pair, state: State, outcome: str) -> Outcome | None:
         """The outcome of a verb that was carried out before, or None."""

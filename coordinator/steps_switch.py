@@ -32,6 +32,7 @@ from coordinator.steps import (
     take_fence,
     unclear,
 )
+from coordinator.steps_check import RememberMaps, VerifyFull
 from coordinator.steps_sync import FirstPass, OpenFirstView, found_off, power_off
 from protocol.messages import (
     Condition,
@@ -351,8 +352,10 @@ SWITCH_STEPS: tuple[Step, ...] = (
     ProtectReplica(),
     OpenLastView(),
     LastPass(),
+    VerifyFull(),
     CloseLastView(),
     Verify(),
+    RememberMaps(),
     LiftOriginalFence(),
     OriginalOn(),
 )

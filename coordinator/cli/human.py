@@ -56,8 +56,9 @@ def percent(part: int, whole: int) -> str:
 
 
 RUNGS = {
-    "bitmap": "dirty bitmap (proven)",
-    "digest-map": "digest map (matched, xxh3-128)",
+    "bitmap": "dirty bitmap (unchanged since the view before)",
+    "overlay": "live overlay (unchanged since the view before)",
+    "map": "digest map (matched, xxh3-128)",
     "extents": "extents (reads as zero)",
     "digests": "full digests (matched, xxh3-128)",
 }

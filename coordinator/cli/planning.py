@@ -39,6 +39,18 @@ _OPTIONS = (
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
     ),
     click.option(
+        "--verify",
+        type=click.Choice(["written", "full"]),
+        default="written",
+        show_default=True,
+        help="Before the original may start: read back what was written, or both sides' storage whole.",
+    ),
+    click.option(
+        "--audit/--no-audit",
+        default=True,
+        help="Read the replica whole after the switchover and compare it with what the original started from.",
+    ),
+    click.option(
         "--limit-network",
         type=RATE,
         help="Most that is sent over the network: 125MB, 119MiB, 1Gbit (a second), or none, the default.",
@@ -65,6 +77,8 @@ def chosen_options(
     shutdown_timeout_s: float,
     shutdown_policy: str,
     allow_larger_target: bool,
+    verify: str,
+    audit: bool,
     limit_network: Rate | None,
     limit_read: Rate | None,
 ) -> RunOptions:
@@ -75,6 +89,8 @@ def chosen_options(
         shutdown_timeout_s=shutdown_timeout_s,
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
+        verify_full=verify == "full",
+        audit=audit,
         limits=RunLimits().changed(limit_network, limit_read),
     )
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
+from coordinator.audit import AuditState, differences
 from coordinator.cli import human
 from coordinator.cli.output import Output, facts, table
 from coordinator.cli.run_view import bars, progress_line
 from coordinator.entries import EntryKind, JournalEntry, Phase
 from coordinator.model import OriginalFlag, Pair, Plan, Refusal, RunLimits, State, VmRef
 from coordinator.reports import ClosingReport, DiskLine
-from coordinator.states import IN_PASSING, TABLE, allowed_verbs
+from coordinator.states import TABLE, allowed_verbs, ways_on
 from coordinator.status import PairStatus
 
 STATE_STYLES = {
@@ -122,6 +123,8 @@ def show_status(output: Output, status: PairStatus) -> None:
         rows.append(("Last failure", status.last_failure))
     if status.downtime_s is not None:
         rows.append(("Downtime", human.duration(status.downtime_s)))
+    if status.audit.state is not AuditState.OFF:
+        rows.append(("Audit", status.audit.sentence))
     if status.operator is not None:
         rows.append(("Operator", status.operator.sentence))
     output.show(facts(rows))
@@ -138,8 +141,7 @@ def next_words(status: PairStatus) -> str:
         return f"`failback watch {pair}`" + (
             f" or `failback cancel {pair}`" if "cancel" in {verb.value for verb in allowed_verbs(status.pair)} else ""
         )
-    verbs = sorted(verb.value for verb in allowed_verbs(status.pair) - IN_PASSING)
-    return " or ".join(f"`failback {verb} {pair}`" for verb in verbs) or "nothing"
+    return " or ".join(f"`failback {verb} {pair}`" for verb in ways_on(status.pair)) or "nothing"
 
 
 def show_report(output: Output, report: ClosingReport) -> None:
@@ -178,6 +180,10 @@ def show_report(output: Output, report: ClosingReport) -> None:
     if report.disks:  # a run that ended before its first pass has nothing to say here
         rows.append(("Sent", f"{human.size(sent)} for {human.size(whole)} of disk"))
     rows.append(("Downtime", human.duration(report.downtime_s) if report.downtime_s is not None else "none yet"))
+    for name, check in (("Verified whole", report.verify_full), ("Audit", report.audit)):
+        if check is not None:
+            found = differences(check) or "no difference, read whole (matched, xxh3-128)"
+            rows.append((name, f"{found}, in {human.duration(check.elapsed_s)}"))
     output.show(facts(rows))
 
 

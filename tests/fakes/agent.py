@@ -36,6 +36,7 @@ from protocol.messages import (
     OnTimeout,
     OpenView,
     OrderRequest,
+    PassKind,
     PassProgress,
     PassReport,
     Ping,
@@ -61,6 +62,7 @@ from protocol.messages import (
     ViewOpened,
     VmDescription,
 )
+from tests.fakes.checks import FakeMaps
 
 Content = dict[str, bytes]
 """What the disks hold, by target."""
@@ -129,6 +131,7 @@ class World:
         self.writes = 0
         self.passes: dict[str, _Meeting] = {}
         self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
+        self.maps = FakeMaps()
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
 
     # --- what tests look at ---------------------------------------------------------------------------------------
@@ -208,7 +211,9 @@ class World:
             case SetLimits():
                 self.limits[host] = request.limit_network, request.limit_read
                 return Done()
-            case AskEvidence() | SampleBlocks():
+            case AskEvidence():
+                return self.maps.evidence(request)
+            case SampleBlocks():
                 raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
@@ -316,6 +321,8 @@ class World:
                 meeting.receiver_waits = False
             if meeting.failed:
                 raise AgentRefused("the source agent gave the pass up", code="peer-failed")
+            if grant.kind is not PassKind.SYNC:
+                return self.maps.report(grant, self.views[grant.view][1], self.original.disks, sends=False)
             return PassReport(view=grant.view, elapsed_s=1.0, disks=self._reports(grant, sends=False))
         assert request.peer_name == "prod", "the sender calls somebody else"
         meeting.sender_came = True
@@ -334,6 +341,12 @@ class World:
         progress = tuple(_progress(disk.target, SIZE_BYTES // 2) for disk in grant.disks)
         if on_progress is not None:
             on_progress(PassProgress(disks=progress))
+        if grant.kind is not PassKind.SYNC:
+            self.fault(host, request, "midway")
+            if self.pass_hold is not None:
+                await self.pass_hold.wait()
+            meeting.ended.set()
+            return self.maps.report(grant, self.views[grant.view][1], self.original.disks, sends=True)
         self.original.condition, self.original.view = Condition.TORN, None
         assert self.original.fence is not None, "written without a fence"
         self.original.disks = {**self.original.disks, **{disk.peer_target: b"half" for disk in grant.disks}}
@@ -345,6 +358,7 @@ class World:
         content = self.views[grant.view][1]
         for disk in grant.disks:
             self.original.disks[disk.peer_target] = content[disk.target]
+            self.maps.maps[disk.peer_target] = content[disk.target]
         meeting.ended.set()
         return PassReport(view=grant.view, elapsed_s=1.0, disks=self._reports(grant, sends=True))
 

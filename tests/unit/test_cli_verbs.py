@@ -226,7 +226,8 @@ class TestLooking:
         assert value["pair"] == PAIR
         assert value["newest"] == "original"
         assert value["original"]["flag"]["condition"] == "equals-view"
-        assert value["allowed"] == ["commit", "undo"]
+        assert value["allowed"] == ["commit", "resume", "undo"]
+        assert value["next"] == "`failback commit web` or `failback undo web`"
         text = taken_over("status", PAIR).stdout
         assert "original (prod/web)" in text
         assert "equals view" in text
