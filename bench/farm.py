@@ -99,7 +99,7 @@ class Farm:
         the only one where the replica is off."""
         report = self.failback("start", "--yes", "--foreground", "--no-power-on", *options, pair)["report"]
         self.failback("undo", "--yes", pair)
-        step = "first_pass" if self.shape.running else "last_pass"
+        step = "pass:1" if self.shape.running else "last_pass"
         seconds = next(line["elapsed_s"] for line in report["steps"] if line["step"] == step and not line["undone"])
         return Pass(float(seconds), tuple(disk for disk in report["disks"] if disk["pass_name"] == step))
 

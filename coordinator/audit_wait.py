@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 import trio
+from sqlalchemy import Connection
 
-from coordinator.audit import AuditMissing, AuditState, check_commit
+from coordinator import journal
+from coordinator.audit import END_AUDIT, AuditMissing, AuditState, check_commit
+from coordinator.clock import Clock
 from coordinator.errors import PairBusy
 from coordinator.events import Observer, Outcome, Progressed
 from coordinator.model import Pair, State
 from coordinator.progress import Progress
 from coordinator.status import PairStatus
+from coordinator.store import Store
 
 POLL_S = 0.3
 ENDS_WITHIN_S = 60.0
@@ -22,6 +27,9 @@ Act = Callable[[], Awaitable[Outcome]]
 
 class Looking(Protocol):
     """The coordinator, as far as it is looked at here."""
+
+    actor: str
+    clock: Clock
 
     async def get_pair(self, pair: str) -> Pair:
         """The pair."""
@@ -70,7 +78,7 @@ async def have_audit(coordinator: Looking, pair: str, audit: Act, observer: Obse
         await trio.sleep(POLL_S)
 
 
-async def end_audit(coordinator: Looking, pair: str, ask: Callable[[], Awaitable[object]], act: Act) -> Outcome:
+async def end_audit(coordinator: Looking, store: Store, pair: str, act: Act) -> Outcome:
     """Act on a pair in *Failback*; a process that audits it is asked to end first, and waited for.
 
     Raises:
@@ -85,7 +93,7 @@ async def end_audit(coordinator: Looking, pair: str, ask: Callable[[], Awaitable
                 if (await coordinator.get_pair(pair)).state is not State.FAILBACK:
                     raise
             if not asked:
-                await ask()
+                await store.write(partial(_ask, coordinator, await coordinator.get_pair(pair)))
                 asked = True
             await trio.sleep(POLL_S)
     raise PairBusy(
@@ -93,3 +101,8 @@ async def end_audit(coordinator: Looking, pair: str, ask: Callable[[], Awaitable
         f"`failback status {pair}` shows what it waits for",
         pair=pair,
     )
+
+
+def _ask(coordinator: Looking, pair: Pair, connection: Connection) -> None:
+    at_s = coordinator.clock.wall_s()
+    journal.ask(connection, pair=pair.name, run=pair.run or "", verb=END_AUDIT, actor=coordinator.actor, at_s=at_s)

@@ -143,6 +143,10 @@ class RunContext:
         await self.write(EntryKind.NOTE, "", sentence=sentence)
         self.observer(Notice(sentence=sentence))
 
+    def tell(self, sentence: str) -> None:
+        """Tell the administrator what the journal says already."""
+        self.observer(Notice(sentence=sentence))
+
     async def set_flag(self, condition: Condition, view: str | None = None) -> None:
         """Write the registry's copy of the original's flag."""
         flag = OriginalFlag(condition=condition.value, view=view)

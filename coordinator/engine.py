@@ -7,47 +7,30 @@ back into service; after the point of no return it waits for a person.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 
 import trio
 from sqlalchemy import Connection
 
 from coordinator import journal, registry
-from coordinator.audit import END_AUDIT, AuditState, audit_status, failback_words
+from coordinator.audit import AuditState, audit_status, failback_words
 from coordinator.context import RunContext
-from coordinator.entries import EntryKind, JournalEntry, Phase
-from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, ExitCode, NeedsOperator
-from coordinator.events import Outcome, StateChanged, StepDone, StepFailed, StepStarted
+from coordinator.entries import EntryKind, JournalEntry
+from coordinator.errors import CoordinatorError, ExitCode, NeedsOperator
+from coordinator.events import Outcome, StateChanged
 from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, State
-from coordinator.records import Record
-from coordinator.registry import Superseded
 from coordinator.reports import closing_report
-from coordinator.steps import Finding, Step, Verdict
+from coordinator.serving import Serving
+from coordinator.stepping import Interrupted, Stepper, exits_of, is_ours_no_more
 from coordinator.steps_check import AUDIT_STEP
 from coordinator.steps_commit import COMMIT_STEPS
+from coordinator.steps_round import all_rounds
 from coordinator.steps_switch import SWITCH_STEPS
 from coordinator.steps_sync import SYNC_STEPS
+from coordinator.switching import ReturnedToService, Switching
 
-INTERRUPT_POLL_S = 0.3
-"""How often a pass looks for requests in the database."""
-RUN_STEPS = (*SYNC_STEPS, *SWITCH_STEPS, AUDIT_STEP)
-RENEWED_IN_SWITCHOVER = tuple(step for step in SYNC_STEPS if step.lasts_until == "verify")
-"""What a process that takes over inside the switchover must set up again."""
 OUTCOMES = {State.ROLLING_BACK: "rolled-back", State.CANCELLING: "cancelled", State.UNDOING: "undone"}
-
-
-class _Interrupted(Exception):
-    """Stop or cancel was asked for, and the run is at a safe boundary."""
-
-    def __init__(self, *, cancel: bool) -> None:
-        super().__init__()
-        self.cancel = cancel
-
-
-def is_ours_no_more(error: CoordinatorError) -> bool:
-    """Whether another process has taken the run over."""
-    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code == STALE_EPOCH)
 
 
 class Engine:
@@ -55,9 +38,9 @@ class Engine:
 
     def __init__(self, context: RunContext, stop: trio.Event | None = None) -> None:
         self._context = context
-        self._stop = trio.Event() if stop is None else stop
-        self._stop_answered = False
-        self._cancel_claimed = False
+        self._stepper = Stepper(context, trio.Event() if stop is None else stop)
+        self._serving = Serving(context, self._stepper, self.move)
+        self._switching = Switching(context, self._stepper, self.move)
         self._failure: CoordinatorError | None = None
         self._audited = False
 
@@ -71,25 +54,25 @@ class Engine:
         while True:
             try:
                 match context.pair.state:
-                    case State.SYNCING:
-                        await self._sync()
-                    case State.READY_TO_SWITCH:
-                        await self._begin_switchover()
+                    case State.SYNCING | State.READY_TO_SWITCH:
+                        await self._serving.work()
                     case State.SWITCHING:
                         await self._switch()
                     case State.COMMITTING:
-                        await self._run_steps(COMMIT_STEPS)
+                        await self._stepper.run(COMMIT_STEPS)
                         await self._finish_commit()
                     case State.FAILBACK if self._audit_is_due():
-                        await self._run_step(AUDIT_STEP)
+                        await self._stepper.again(AUDIT_STEP)
                     case State.ROLLING_BACK | State.CANCELLING | State.UNDOING:
                         await self._walk_back()
                     case _:
                         return await self._outcome()
-            except _Interrupted as interrupted:
+            except Interrupted as interrupted:
                 if not interrupted.cancel:
                     return await self._outcome("stopped at a safe boundary")
                 await self.take_back(State.CANCELLING, "cancelled by the administrator")
+            except ReturnedToService:
+                continue
             except CoordinatorError as error:
                 if is_ours_no_more(error):
                     raise
@@ -98,95 +81,9 @@ class Engine:
 
     # --- the states -----------------------------------------------------------------------------------------------
 
-    async def _sync(self) -> None:
-        await self._run_steps(SYNC_STEPS, boundary=self._boundary)
-        await self._boundary()
-        await self.move(State.READY_TO_SWITCH)
-
-    async def _begin_switchover(self) -> None:
-        await self._boundary()
-        await self.move(State.SWITCHING)
-
     async def _switch(self) -> None:
-        await self._run_steps((*RENEWED_IN_SWITCHOVER, *SWITCH_STEPS), boundary=self._answer_in_switchover)
+        await self._switching.work()
         await self.move(State.FAILBACK, change=self._original_is_newest)
-
-    async def _run_steps(
-        self, steps: tuple[Step, ...], *, boundary: Callable[[], Awaitable[None]] | None = None
-    ) -> None:
-        for step in steps:
-            if boundary is not None:
-                await boundary()
-            if self._is_settled(step) or not step.applies(self._context):
-                continue
-            await self._run_step(step)
-
-    def _is_settled(self, step: Step) -> bool:
-        """Done, and what it set up still holds."""
-        log = self._context.log
-        last = log.last(step.name)
-        if last is None or last.kind is not EntryKind.DONE:
-            return False
-        return last.epoch == self._context.epoch or step.lasts_until is None or log.is_done(step.lasts_until)
-
-    async def _run_step(self, step: Step) -> None:
-        context = self._context
-        last = context.log.last(step.name)
-        started_s = context.clock.monotonic_s()
-        finding = Finding(verdict=Verdict.NOT_DONE)
-        try:
-            if last is not None and last.kind is not EntryKind.DONE:
-                finding = await step.probe(context)
-            if finding.verdict is Verdict.UNKNOWN:
-                raise NeedsOperator(
-                    f"{finding.sentence}, then `failback resume {context.pair.name}`", exits=self._exits()
-                )
-            context.observer(StepStarted(step=step.name, sentence=step.sentence, undoing=False))
-            if finding.verdict is Verdict.NOT_DONE:
-                await context.write(EntryKind.INTENT, step.name, sentence=step.sentence)
-                record: Record | None = await self._act(step)
-            else:
-                record = finding.record
-        except CoordinatorError as error:
-            await self._failed(step, Phase.DO, error, started_s)
-            raise
-        await self._done(step, Phase.DO, record, started_s, found=finding.verdict is Verdict.DONE)
-
-    async def _act(self, step: Step) -> Record:
-        if not step.interruptible:
-            return await step.do(self._context)
-        record: Record | None = None
-        failure: CoordinatorError | None = None
-        interrupted: _Interrupted | None = None
-
-        async def watch() -> None:
-            nonlocal interrupted, failure
-            while True:
-                with trio.move_on_after(INTERRUPT_POLL_S):
-                    await self._stop.wait()
-                try:
-                    await self._boundary()
-                except _Interrupted as found:
-                    interrupted = found
-                except CoordinatorError as error:
-                    failure = error
-                if interrupted is not None or failure is not None:
-                    nursery.cancel_scope.cancel()
-                    return
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch)
-            try:
-                record = await step.do(self._context)
-            except CoordinatorError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        if record is not None:
-            return record
-        assert interrupted is not None  # nothing else cancels that nursery
-        raise interrupted
 
     def _audit_is_due(self) -> bool:
         """Once for each process; one that differed before is repeated where somebody asks for it."""
@@ -194,38 +91,6 @@ class Engine:
         self._audited = True
         found = audit_status(context.pair.name, context.options, context.log)
         return not begun and found.state not in (AuditState.OFF, AuditState.CLEAN)
-
-    # --- stop and cancel ------------------------------------------------------------------------------------------
-
-    async def _boundary(self) -> None:
-        """While somebody is served: obey stop and cancel here, or, in an audit, who wants it to end."""
-        context = self._context
-        name, run = context.pair.name, context.run.id
-        if context.pair.state is State.FAILBACK:
-            asked = await context.store.write(lambda connection: journal.claim(connection, name, run, END_AUDIT))
-            if asked is not None or self._stop.is_set():
-                raise _Interrupted(cancel=False)
-            return
-        request = await context.store.write(lambda connection: journal.claim(connection, name, run, "cancel"))
-        if request is not None:
-            self._cancel_claimed = True  # kept: the step that was to be broken off may end well at this very moment
-        if self._cancel_claimed:
-            raise _Interrupted(cancel=True)
-        if self._stop.is_set():
-            raise _Interrupted(cancel=False)
-
-    async def _answer_in_switchover(self) -> None:
-        """Inside the switchover: answer, do not obey."""
-        context = self._context
-        sentence = f"{context.pair.name} is in the switchover, which ends in Failback or rolls back by itself"
-        await context.store.write(
-            lambda connection: journal.answer_all(
-                connection, context.pair.name, context.run.id, sentence, verb="cancel"
-            )
-        )
-        if self._stop.is_set() and not self._stop_answered:
-            self._stop_answered = True
-            await context.notice(f"not stopped: {sentence}")
 
     # --- taking back ----------------------------------------------------------------------------------------------
 
@@ -250,39 +115,13 @@ class Engine:
 
     async def _walk_back(self) -> None:
         context = self._context
-        for step in reversed(RUN_STEPS):
-            begun = context.log.intended(step.name)
-            if not begun or not step.undo_sentence or context.log.is_done(step.name, Phase.UNDO):
-                continue
-            started_s = context.clock.monotonic_s()
-            context.observer(StepStarted(step=step.name, sentence=step.undo_sentence, undoing=True))
-            await context.write(EntryKind.INTENT, step.name, phase=Phase.UNDO, sentence=step.undo_sentence)
-            try:
-                record = await step.undo(context)
-            except CoordinatorError as error:
-                await self._failed(step, Phase.UNDO, error, started_s)
-                raise
-            await self._done(step, Phase.UNDO, record, started_s, found=False)
+        for step in reversed((*SYNC_STEPS, *all_rounds(context.log), *SWITCH_STEPS, AUDIT_STEP)):
+            if step.undo_sentence and context.log.stands(step.name):
+                await self._stepper.take_back(step)
         outcome = OUTCOMES[context.pair.state]
         await self.move(State.FAILOVER, outcome=outcome, change=self._replica_is_newest)
 
     # --- journal --------------------------------------------------------------------------------------------------
-
-    async def _done(self, step: Step, phase: Phase, record: Record | None, started_s: float, *, found: bool) -> None:
-        elapsed_s = self._context.clock.monotonic_s() - started_s
-        await self._context.write(EntryKind.DONE, step.name, phase=phase, elapsed_s=elapsed_s, record=record)
-        undoing = phase is Phase.UNDO
-        self._context.observer(StepDone(step=step.name, undoing=undoing, elapsed_s=elapsed_s, found_done=found))
-
-    async def _failed(self, step: Step, phase: Phase, error: CoordinatorError, started_s: float) -> None:
-        if is_ours_no_more(error):
-            return
-        elapsed_s = self._context.clock.monotonic_s() - started_s
-        await self._context.write(
-            EntryKind.FAILED, step.name, phase=phase, sentence=error.sentence, elapsed_s=elapsed_s
-        )
-        undoing = phase is Phase.UNDO
-        self._context.observer(StepFailed(step=step.name, undoing=undoing, code=error.code, sentence=error.sentence))
 
     async def move(
         self,
@@ -341,19 +180,10 @@ class Engine:
             await self.take_back(State.ROLLING_BACK, error.sentence)
             return True
         if isinstance(error, NeedsOperator) or state is State.SWITCHING:
-            exits = str(error.facts.get("exits", "")) or self._exits()
+            exits = str(error.facts.get("exits", "")) or exits_of(state)
             call = OperatorCall(sentence=error.sentence, exits=tuple(exits.split(",")), before=state)
             await self.move(State.NEEDS_OPERATOR, reason=error.sentence, operator=call)
         return False
-
-    def _exits(self) -> str:
-        match self._context.pair.state:
-            case State.SYNCING:
-                return "resume,cancel"
-            case State.SWITCHING:
-                return "resume,undo"
-            case _:
-                return "resume"
 
     async def _outcome(self, stopped: str = "") -> Outcome:
         context = self._context
@@ -368,7 +198,7 @@ class Engine:
             case State.FAILOVER if run.outcome == "rolled-back":
                 served = "is in use again" if context.replica_was_running else "is off, as it was found"
                 code, sentence = ExitCode.FAILED, f"{name} rolled back, the replica {served}: {run.reason}"
-            case State.FAILOVER if self._cancel_claimed:
+            case State.FAILOVER if self._stepper.cancel_claimed:
                 # Whoever asked for the cancel is told so by `cancel`; to `start` it is a failback that did not happen.
                 code, sentence = ExitCode.FAILED, f"{name} was cancelled: the replica holds the newest data, as before"
             case State.FAILOVER:

@@ -93,6 +93,12 @@ def entries(connection: Connection, pair: str, run: str | None = None) -> tuple[
     return tuple(_entry(row) for row in connection.execute(query.order_by(schema.journal.c.seq)))
 
 
+def entries_of_step(connection: Connection, pair: str, step: str) -> tuple[JournalEntry, ...]:
+    """The entries of that step in every run of the pair, oldest first."""
+    query = select(schema.journal).where(schema.journal.c.pair == pair, schema.journal.c.step == step)
+    return tuple(_entry(row) for row in connection.execute(query.order_by(schema.journal.c.seq)))
+
+
 # --- requests to a live run ---------------------------------------------------------------------------------------
 
 
@@ -145,6 +151,11 @@ def answer_all(connection: Connection, pair: str, run: str, sentence: str, *, ve
 def get_request(connection: Connection, request: int) -> Request:
     """A request by its id."""
     return _request(connection, request)
+
+
+def is_answered(connection: Connection, request: int | None) -> bool:
+    """Whether that request has its answer; one that was not made needs none."""
+    return request is None or get_request(connection, request).answer is not None
 
 
 # --- progress -----------------------------------------------------------------------------------------------------

@@ -27,8 +27,6 @@ LIMITS = "limits"
 """Name of the note in the journal."""
 VERB = "limit"
 """Of the request that says: there is a new note."""
-PASSES = frozenset({"first_pass", "last_pass", "verify_full"})
-"""The steps in which limits are at work."""
 POLL_S = 0.3
 """How often a pass looks for changes in the database."""
 

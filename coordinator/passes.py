@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,16 +12,20 @@ from sqlalchemy import Connection
 from coordinator import journal
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import RunContext
-from coordinator.errors import CoordinatorError, DatabaseError
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, DatabaseError, is_silent
 from coordinator.events import Progressed
+from coordinator.evidence import Rung, choose_all, fallen, unproven, without
 from coordinator.limits import follow_limits, read_limits
 from coordinator.progress import Progress, ProgressMeter
-from coordinator.records import DiskSizes, PassRecord, SurveyRecord
+from coordinator.records import DiskEvidence, DiskSizes, PassRecord, SurveyRecord, ViewRecord
+from coordinator.rounds import latest_evidence
 from protocol.messages import (
     AllowPass,
+    AskEvidence,
     Condition,
     Direction,
     Done,
+    Evidence,
     Grant,
     GrantedDisk,
     PassProgress,
@@ -30,9 +34,12 @@ from protocol.messages import (
     Pong,
     RunPass,
     SetCondition,
+    TargetEvidence,
 )
 
 GRANT_BYTES = 16
+UNPROVEN = "evidence"
+"""Code of an agent that does not accept a grant's evidence."""
 BOTH_FAIL_WITHIN_S = 3.0
 """When one side gives a pass up, how long the other has to say so itself before it is told to stop."""
 ECHOES = frozenset({"peer-failed", "connection-lost", "peer-ended", "cancelled"})
@@ -45,33 +52,84 @@ class PassDisagrees(CoordinatorError):
     code = "pass-disagrees"
 
 
-async def run_pass(context: RunContext, step: str, view: str) -> PassRecord:
-    """Make the original equal `view`: torn from here on, equal to the view at the end, in registry and at the agent.
+async def run_pass(context: RunContext, step: str, opened: ViewRecord) -> PassRecord:
+    """Make the original's disks equal what the view shows of them, on the cheapest evidence that both sides prove.
+
+    Torn from here on; where the view shows every disk, equal to it at the end, in registry and at the agent.
 
     Raises:
         AgentRefused, HostUnreachable: a side failed; the original stays torn if anything was written.
         PassDisagrees: the reports contradict each other.
     """
-    survey = context.survey
-    grant = context.tokens(GRANT_BYTES)
+    disks = tuple(disk for disk in context.survey.disks if disk.replica in {d.target for d in opened.disks})
+    targets = await ask_evidence(context)
+    evidence = choose_all(disks, opened.disks, targets)
+    await _tell_falls(context, evidence)
     await context.set_flag(Condition.TORN)
-    for agent, allowed in (
-        (context.target, _grant(context, survey, grant, view, Direction.RECEIVE)),
-        (context.source, _grant(context, survey, grant, view, Direction.SEND)),
-    ):
+    try:
+        source, target = await _granted(context, step, opened.view, disks, evidence)
+    except AgentRefused as error:
+        if error.code != UNPROVEN or all(disk.rung == Rung.DIGESTS.value for disk in evidence):
+            raise
+        # What was proven when it was asked is not any more: full digests need no proof.
+        evidence = without(evidence, error.sentence.rstrip("."))
+        await _tell_falls(context, evidence)
+        source, target = await _granted(context, step, opened.view, disks, evidence)
+    tracked = {disk.replica for disk in evidence if disk.since is not None}
+    check_reports(disks, opened.view, source, target, tracked)
+    if len(disks) == len(context.pair.disks):
+        equal = SetCondition(
+            order=context.order, vm_uuid=context.pair.original.uuid, condition=Condition.EQUALS_VIEW, view=opened.view
+        )
+        await ask(context.target, equal, Done)
+        await context.set_flag(Condition.EQUALS_VIEW, opened.view)
+    return PassRecord(view=opened.view, source=source, target=target, evidence=evidence)
+
+
+async def ask_evidence(context: RunContext) -> tuple[TargetEvidence, ...]:
+    """What the target proves of the original's disks; nothing, with the reason, where its agent will not say.
+
+    Raises:
+        HostUnreachable, AgentRefused: it does not answer at all.
+    """
+    question = AskEvidence(vm_uuid=context.pair.original.uuid, targets=context.original_targets)
+    try:
+        return (await ask(context.target, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)).disks
+    except AgentRefused as error:
+        if is_silent(error) or error.code == STALE_EPOCH:
+            raise
+        return unproven(context.original_targets, error.sentence.rstrip("."))
+
+
+async def _tell_falls(context: RunContext, evidence: Sequence[DiskEvidence]) -> None:
+    """Say of which disks the evidence fell since their pass before, and why."""
+    for disk in fallen(latest_evidence(context.log), evidence):
+        await context.notice(
+            f"disk {disk.replica}: this pass rests on {disk.rung}, lower than the one before ({disk.why_not_higher})"
+        )
+
+
+async def _granted(
+    context: RunContext, step: str, view: str, disks: tuple[DiskSizes, ...], evidence: Sequence[DiskEvidence]
+) -> tuple[PassReport, PassReport]:
+    """Tell both agents what the pass may do, and let them."""
+    grant = context.tokens(GRANT_BYTES)
+    for agent, direction in ((context.target, Direction.RECEIVE), (context.source, Direction.SEND)):
+        allowed = _grant(context, grant, view, direction, disks, evidence)
         await ask(agent, AllowPass(order=context.order, grant=allowed), Done, timeout_s=QUESTION_TIMEOUT_S)
-    source, target = await both_sides(context, step, grant, survey)
-    check_reports(survey.disks, view, source, target)
-    equal = SetCondition(
-        order=context.order, vm_uuid=context.pair.original.uuid, condition=Condition.EQUALS_VIEW, view=view
-    )
-    await ask(context.target, equal, Done)
-    await context.set_flag(Condition.EQUALS_VIEW, view)
-    return PassRecord(view=view, source=source, target=target)
+    return await both_sides(context, step, grant, context.survey)
 
 
-def _grant(context: RunContext, survey: SurveyRecord, grant: str, view: str, direction: Direction) -> Grant:
-    sends = direction is Direction.SEND
+def _grant(
+    context: RunContext,
+    grant: str,
+    view: str,
+    direction: Direction,
+    disks: tuple[DiskSizes, ...],
+    evidence: Sequence[DiskEvidence],
+) -> Grant:
+    survey, sends = context.survey, direction is Direction.SEND
+    rests_on = {disk.replica: disk for disk in evidence}
     return Grant(
         grant=grant,
         vm_uuid=context.pair.replica.uuid if sends else context.pair.original.uuid,
@@ -84,8 +142,10 @@ def _grant(context: RunContext, survey: SurveyRecord, grant: str, view: str, dir
                 peer_target=disk.original if sends else disk.replica,
                 source_size_bytes=disk.source_size_bytes,
                 target_size_bytes=disk.target_size_bytes,
+                since=rests_on[disk.replica].since,
+                digest_seed=rests_on[disk.replica].map_seed,
             )
-            for disk in survey.disks
+            for disk in disks
         ),
     )
 
@@ -190,8 +250,17 @@ async def _save(context: RunContext, latest: trio.MemoryReceiveChannel[Progress]
                 await context.store.write(keep)
 
 
-def check_reports(disks: Sequence[DiskSizes], view: str, source: PassReport, target: PassReport) -> None:
-    """Raise `PassDisagrees` unless both reports speak of the same view and disks, cover every byte and balance."""
+def check_reports(
+    disks: Sequence[DiskSizes],
+    view: str,
+    source: PassReport,
+    target: PassReport,
+    since: Collection[str] = (),
+) -> None:
+    """Raise `PassDisagrees` unless both reports speak of the same view and disks, cover every byte and balance.
+
+    `since`: the replica's disks of which only what was written since an earlier view was to be looked at.
+    """
     if {source.view, target.view} != {view}:
         raise _disagrees(f"view {view} was asked for, reported were {source.view} and {target.view}")
     sent = {report.target: report for report in source.disks}
@@ -205,10 +274,12 @@ def check_reports(disks: Sequence[DiskSizes], view: str, source: PassReport, tar
                 f"disk {disk.replica} has {disk.source_size_bytes} bytes, reported were {here.size_bytes} "
                 f"and {there.size_bytes}"
             )
-        if here.zero_bytes + here.compared_bytes != disk.source_size_bytes:
+        accounted = here.zero_bytes + here.compared_bytes
+        # What was not written since a view that both sides proved is neither read nor known to be zero.
+        short = accounted > disk.source_size_bytes if disk.replica in since else accounted != disk.source_size_bytes
+        if short:
             raise _disagrees(
-                f"of the {disk.source_size_bytes} bytes of disk {disk.replica} only "
-                f"{here.zero_bytes + here.compared_bytes} are accounted for"
+                f"of the {disk.source_size_bytes} bytes of disk {disk.replica} {accounted} are accounted for"
             )
         if here.changed_bytes != there.written_bytes:
             raise _disagrees(

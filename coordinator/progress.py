@@ -16,7 +16,7 @@ class Progress:
     """The latest picture of a pass.
 
     Attributes:
-        step: ``first_pass`` or ``last_pass``.
+        step: ``pass:1``, ``pass:2`` … or ``last_pass``.
         at_s: wall time of the picture, seconds since 1970.
         elapsed_s: since the pass began.
         disks: per disk (replica target), in bytes.

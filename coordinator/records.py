@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.model import RestorePoint, RunLimits
-from protocol.messages import ByteRange, PassKind, PassReport, Power
+from protocol.messages import ByteRange, DiskTracking, PassKind, PassReport, Power, ViewedDisk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,12 +15,13 @@ class Nothing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSizes:
-    """One disk of the pair, by target names, with its sizes now."""
+    """One disk of the pair, by target names, with its sizes now; `source_format`: of the replica's image."""
 
     original: str
     replica: str
     source_size_bytes: int
     target_size_bytes: int
+    source_format: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +45,12 @@ class HooksRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerOffRecord:
-    """How a VM went off."""
+    """How a VM went off. `killed`: QEMU did not end gracefully, so that its bitmaps are lost."""
 
     was_running: bool
     forced: bool
     guest_s: float
+    killed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +64,121 @@ class FenceRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewRecord:
-    """A view that was opened."""
+    """A view that was opened.
+
+    Attributes:
+        disks: what the source said of each disk; empty where it was closed.
+        opened_s: when, by the monotonic clock of the process that wrote the entry: comparable under one epoch only.
+    """
 
     view: str
     live: bool
+    disks: tuple[ViewedDisk, ...] = ()
+    opened_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskEvidence:
+    """On what a pass rests for one disk.
+
+    Attributes:
+        original, replica: its target names.
+        rung: ``bitmap``, ``overlay``, ``map`` or ``digests``.
+        since: the view that both sides have proven the target to equal; None below rung 1.
+        map_seed: seed of the target's digest map, where that is the rung.
+        why_not_higher: a sentence; empty at the top.
+    """
+
+    original: str
+    replica: str
+    rung: str
+    since: str | None
+    map_seed: int | None
+    why_not_higher: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassRecord:
-    """A complete pass: what both sides said of it."""
+    """A complete pass: what both sides said of it, and the evidence it was allowed to rest on."""
 
     view: str
     source: PassReport
     target: PassReport
+    evidence: tuple[DiskEvidence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointsRecord:
+    """What was recorded since these views is kept; the rest is forgotten."""
+
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingRecord:
+    """What the replica's records say after its power-off."""
+
+    disks: tuple[DiskTracking, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFailure:
+    """A round that was given up and is followed by another one. `targets`: the replica's disks it was about."""
+
+    number: int
+    code: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchOrder:
+    """A person's later word on when to switch. `at_s`: seconds since 1970; None: now."""
+
+    at_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """What a run that could switch waits for. `key`: changes when the reason does; `sentence`: for people."""
+
+    key: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """How long nobody would be served if the switchover began now.
+
+    Attributes:
+        guest_s: the guest's own shutdown; `guest_seen`: measured for this guest, else a default.
+        fixed_s: the orders around the last pass; `fixed_measured`: at least in part measured in this run.
+        pass_s: the last pass.
+        delta_bytes: what it would send; `read_bytes`: what the source would read.
+        whole: replica's disks which it would have to read whole.
+        dirty_bytes_s: how fast the guest writes anew; None: not measured yet.
+        copy_bytes_s: how fast changes were copied.
+    """
+
+    guest_s: float
+    guest_seen: bool
+    fixed_s: float
+    fixed_measured: bool
+    pass_s: float
+    delta_bytes: int
+    read_bytes: int
+    whole: tuple[str, ...]
+    dirty_bytes_s: float | None
+    copy_bytes_s: float
+
+    @property
+    def ours_s(self) -> float:
+        """Without the guest's own shutdown."""
+        return self.fixed_s + self.pass_s
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.guest_s + self.ours_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,4 +270,10 @@ Record = (
     | CheckRecord
     | MapsRecord
     | RunLimits
+    | CheckpointsRecord
+    | TrackingRecord
+    | RoundFailure
+    | SwitchOrder
+    | Waiting
+    | Prediction
 )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator import rounds
 from coordinator.entries import EntryKind, Phase, RunRecord
 from coordinator.evidence_words import evidence_sentence
 from coordinator.model import DiskPair, State
-from coordinator.records import CheckRecord, PassRecord, SurveyRecord
+from coordinator.plain import from_json
+from coordinator.records import CheckRecord, PassRecord, PowerOffRecord, Prediction, SurveyRecord
+from coordinator.rounds import PREDICTED
 from coordinator.runlog import RunLog
 from protocol.messages import Power
 
@@ -18,7 +21,7 @@ class DiskLine:
 
     Attributes:
         original, replica: its target names.
-        pass_name: ``first_pass`` or ``last_pass``; `view`: the view the original's disk was made equal to.
+        pass_name: ``pass:1``, ``pass:2`` … or ``last_pass``; `view`: the view the original's disk was made equal to.
         size_bytes: the replica's size.
         compared_bytes: read and hashed at the source.
         zero_bytes: known to read as zero at the source, not read.
@@ -77,6 +80,9 @@ class ClosingReport:
             state Failback was reached without power-on); None when the replica was not touched or is still off.
         audit, verify_full: what the comparisons of whole disks found; None where none was completed.
         evidence: one sentence on what the blocks that were not written rest on.
+        predicted: the downtime that was expected when the switchover began; None before that, or where the replica was
+            off already.
+        guest_s: how much of the downtime was the guest's own shutdown.
     """
 
     pair: str
@@ -91,15 +97,19 @@ class ClosingReport:
     evidence: str
     audit: CheckRecord | None = None
     verify_full: CheckRecord | None = None
+    predicted: Prediction | None = None
+    guest_s: float | None = None
 
 
 def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> ClosingReport:
     """The report of a run, from its journal."""
+    names = [rounds.pass_of(number) for number in range(1, rounds.last_round(log) + 1)]
     lines = tuple(
         _disk_line(name, passed, pair)
-        for name in ("first_pass", "last_pass")
+        for name in (*names, rounds.LAST_PASS)
         for passed in log.results(name, PassRecord)
         for pair in disks
+        if any(report.target == pair.replica for report in passed.source.disks)
     )
     return ClosingReport(
         pair=run.pair,
@@ -111,19 +121,37 @@ def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> 
         downtime_s=downtime_s(log),
         disks=lines,
         steps=_step_lines(log),
-        evidence=evidence_sentence(lines),
+        evidence=evidence_sentence(_final(lines)),
         audit=log.result("audit", CheckRecord),
         verify_full=log.result("verify_full", CheckRecord),
+        predicted=predicted(log),
+        guest_s=_guest_s(log),
     )
+
+
+def predicted(log: RunLog) -> Prediction | None:
+    """The downtime that was expected when the latest switchover began."""
+    begun = log.seq_of_state(State.SWITCHING.value)
+    notes = [entry for entry in log.notes(PREDICTED) if entry.seq < begun and entry.result]
+    return from_json(notes[-1].result or "", Prediction) if notes else None
+
+
+def _guest_s(log: RunLog) -> float | None:
+    record = log.result("replica_off", PowerOffRecord)
+    return record.guest_s if record is not None and record.was_running else None
 
 
 def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
     """Seconds nobody was served, by the journal's wall clock; with `now_s` also while it lasts.
 
-    None when the run did not take the replica out of service, or (without `now_s`) it still is.
+    None when the run did not take the replica out of service, or (without `now_s`) it still is. Where the replica came
+    back into service and went off again, of the last time.
     """
     surveys = log.results("survey", SurveyRecord)
-    begun = next((e for e in log.of_step("replica_off") if e.kind is EntryKind.INTENT), None)
+    since = log.seq_of_state(State.SYNCING.value)
+    begun = next((e for e in log.of_step("replica_off") if e.kind is EntryKind.INTENT and e.seq > since), None)
+    if begun is None:
+        begun = next((e for e in reversed(log.of_step("replica_off")) if e.kind is EntryKind.INTENT), None)
     if begun is None or not any(found.replica_power is not Power.OFF for found in surveys):
         return None
     served = [
@@ -131,9 +159,9 @@ def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
         for e in (
             next((e for e in log.of_step("original_on") if e.kind is EntryKind.DONE), None),
             log.moved(State.FAILBACK.value),
-            next((e for e in log.of_step("replica_off", Phase.UNDO) if e.kind is EntryKind.DONE), None),
+            *(e for e in log.of_step("replica_off", Phase.UNDO) if e.kind is EntryKind.DONE),
         )
-        if e is not None
+        if e is not None and e.seq >= begun.seq
     ]
     end_s = min(served) if served else now_s
     # A wall clock that was set back would make it negative.
@@ -143,6 +171,7 @@ def downtime_s(log: RunLog, now_s: float | None = None) -> float | None:
 def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
     here = next(report for report in passed.source.disks if report.target == pair.replica)
     there = next(report for report in passed.target.disks if report.target == pair.original)
+    chosen = next((disk for disk in passed.evidence if disk.replica == pair.replica), None)
     return DiskLine(
         original=pair.original,
         replica=pair.replica,
@@ -158,7 +187,7 @@ def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
         verified_bytes=there.verified_bytes,
         past_cache=there.past_cache,
         rung=here.rung,
-        why_not_higher=here.why_not_higher,
+        why_not_higher=here.why_not_higher if chosen is None else chosen.why_not_higher,
         frames=here.frames,
         stored_bytes=here.stored_bytes,
         lanes=here.lanes,
@@ -180,3 +209,8 @@ def _step_lines(log: RunLog) -> tuple[StepLine, ...]:
         for e in log.entries
         if e.kind in (EntryKind.DONE, EntryKind.FAILED)
     )
+
+
+def _final(lines: tuple[DiskLine, ...]) -> tuple[DiskLine, ...]:
+    """The lines that tell what the original rests on at the end: of the last pass, if there was one."""
+    return tuple(line for line in lines if line.pass_name == rounds.LAST_PASS) or lines

@@ -44,6 +44,18 @@ class RunLog:
         last = self.last(step, phase)
         return last is not None and last.kind is EntryKind.DONE
 
+    def stands(self, step: str) -> bool:
+        """Whether the step was begun and has not been taken back since."""
+        standing = False
+        for entry in self.entries:
+            if entry.step != step or entry.kind not in _OF_STEPS:
+                continue
+            if entry.phase is Phase.DO:
+                standing = standing or entry.kind is EntryKind.INTENT
+            elif entry.kind is EntryKind.DONE:
+                standing = False
+        return standing
+
     def results(self, step: str, kind: type[T]) -> tuple[T, ...]:
         """The records of every time the step was done, oldest first."""
         done = (e for e in self.of_step(step) if e.kind is EntryKind.DONE and e.result is not None)
@@ -58,6 +70,14 @@ class RunLog:
         """The record of the last note of that name."""
         notes = [e.result for e in self.entries if e.kind is EntryKind.NOTE and e.step == step and e.result]
         return from_json(notes[-1], kind) if notes else None
+
+    def seq_of_state(self, state: str) -> int:
+        """`seq` of the latest time the pair came to that state in this run; -1: never."""
+        return max((e.seq for e in self.entries if e.kind is EntryKind.STATE and e.step == state), default=-1)
+
+    def notes(self, step: str) -> tuple[JournalEntry, ...]:
+        """Every note of that name."""
+        return tuple(e for e in self.entries if e.kind is EntryKind.NOTE and e.step == step)
 
     def moved(self, state: str) -> JournalEntry | None:
         """The first time the pair came to that state in this run."""

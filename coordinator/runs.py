@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
 import trio
-from sqlalchemy import Connection
 
 from coordinator import journal, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
-from coordinator.audit import END_AUDIT
 from coordinator.audit_wait import end_audit, have_audit
 from coordinator.clock import Clock, SystemClock, Tokens, system_tokens
 from coordinator.config import Config
@@ -25,20 +23,24 @@ from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
 from coordinator.hooks import Hooks
-from coordinator.limits import PASSES, LimitsOutcome
+from coordinator.limits import LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
-from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State
+from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
+from coordinator.rounds import is_pass
 from coordinator.runlog import RunLog
 from coordinator.states import TABLE, Verb, check_verb
 from coordinator.status import PairStatus, UndoForecast, forecast, read_status
 from coordinator.store import Store
 from coordinator.survey import failover_since, survey
+from coordinator.switch_order import SwitchOutcome, check_switch_time, switch_words
 from coordinator.takeover import Author
 
 RUN_ID_BYTES = 5
 REQUEST_POLL_S = 0.3
+SWITCH_WAIT_S = 3.0
+"""How long `failback switch` waits for the process that works on the run; a pass under way ends first."""
 LIMITS_WAIT_S = 10.0
 """How long `failback limit` waits for the pass under way to obey."""
 
@@ -157,6 +159,8 @@ class Coordinator:
         The caller has computed the plan and met no refusal.
         """
         await self.check_start(pair)
+        if options.switch is SwitchPolicy.AT:
+            check_switch_time(options.switch_at_s, self.clock.wall_s())
         run, author = f"r{self.tokens(RUN_ID_BYTES)}", self._author()
         with pair_lock(self.config.state_dir, pair):
             await self._db.write(lambda connection: takeover.start(connection, pair, run, options, author))
@@ -251,11 +255,40 @@ class Coordinator:
             while True:
                 status = await self.pair_status(pair)
                 answer = (await self._db.read(lambda c: journal.get_request(c, change.request))).answer
-                in_pass = status.active and status.run == change.run and status.step in PASSES
+                in_pass = status.active and status.run == change.run and is_pass(status.step)
                 if answer is not None or not in_pass:
                     break
                 await trio.sleep(REQUEST_POLL_S)
         return change.outcome(pair, in_pass=in_pass, answer=answer)
+
+    async def switch(self, pair: str, *, at_s: float | None = None, wait_s: float = SWITCH_WAIT_S) -> SwitchOutcome:
+        """Switch now, or at that time (seconds since 1970), whatever `start` was told. Harmless when repeated.
+
+        Durable when it returns. Where a process works on the run, waits up to `wait_s` for it to take it up.
+
+        Raises:
+            UsageError: the time is past; `WrongState`: no switchover of a run is to come.
+        """
+        now_s, author = self.clock.wall_s(), self._author()
+        check_switch_time(at_s, now_s)
+        asked = await self._db.write(lambda connection: takeover.order_switch(connection, pair, author, at_s))
+        answered = asked.request is None
+        status = await self.pair_status(pair)
+        with trio.move_on_after(wait_s):
+            while not answered and status.active:
+                await trio.sleep(REQUEST_POLL_S)
+                answered = await self._db.read(lambda c: journal.is_answered(c, asked.request))
+                status = await self.pair_status(pair)
+        status = await self.pair_status(pair)
+        return SwitchOutcome(
+            pair=pair,
+            run=asked.run,
+            at_s=at_s,
+            state=status.state,
+            active=status.active,
+            taken_up=answered,
+            sentence=switch_words(pair, at_s, status, answered=answered),
+        )
 
     async def commit(
         self,
@@ -266,21 +299,21 @@ class Coordinator:
         stop: trio.Event | None = None,
         wait_audit: bool = True,
     ) -> Outcome:
-        """Failback → Ready: final. Harmless when repeated.
-
-        `wait_audit`: first have the audit's result, from the process that audits, or by doing it here; otherwise an
-        audit under way is ended. `stop`, once set, ends an audit that is done here.
+        """Failback → Ready: final. Harmless when repeated. `wait_audit`: have the audit's result first, from the
+        process that audits, or by doing it here, which `stop` ends; otherwise one under way is ended.
 
         Raises:
-            AuditDiffers: the audit found a difference, which forbids the commit in either case.
-            AuditMissing: it could not be carried out.
+            AuditDiffers: it found a difference, which forbids the commit in either case; `AuditMissing`: it could not
+                be carried out.
         """
         done = await self._already(await self.get_pair(pair), State.READY, "committed")
         if done is not None:
             return done
         if wait_audit:
             await have_audit(self, pair, lambda: self._work(pair, Verb.RESUME, observer, stop), observer)
-        return await self._after_audit(pair, lambda: self._work(pair, Verb.COMMIT, observer, None, restore_point))
+        return await end_audit(
+            self, self._db, pair, lambda: self._work(pair, Verb.COMMIT, observer, None, restore_point)
+        )
 
     async def undo(self, pair: str, *, observer: Observer = unobserved) -> Outcome:
         """Failback (or after the point of no return, Needs operator) → Failover: the replica serves again.
@@ -288,7 +321,7 @@ class Coordinator:
         Harmless when repeated.
         """
         done = await self._already(await self.get_pair(pair), State.FAILOVER, "undone")
-        return done or await self._after_audit(pair, lambda: self._work(pair, Verb.UNDO, observer, None))
+        return done or await end_audit(self, self._db, pair, lambda: self._work(pair, Verb.UNDO, observer, None))
 
     async def forecast_undo(self, pair: str) -> UndoForecast:
         """How long the original has run since the switchover: what undo would leave behind."""
@@ -367,18 +400,6 @@ class Coordinator:
                 actor=self.actor,
             )
             return await Engine(context, stop).work()
-
-    async def _after_audit(self, pair: str, act: Callable[[], Awaitable[Outcome]]) -> Outcome:
-        """Act, after an audit under way in another process was asked to end, and did."""
-        found = await self.get_pair(pair)
-
-        def ask(connection: Connection) -> int:
-            run = found.run or ""
-            return journal.ask(
-                connection, pair=pair, run=run, verb=END_AUDIT, actor=self.actor, at_s=self.clock.wall_s()
-            )
-
-        return await end_audit(self, pair, lambda: self._db.write(ask), act)
 
     async def _already(self, pair: Pair, state: State, outcome: str) -> Outcome | None:
         """The outcome of a verb that was carried out before, or None."""

@@ -25,9 +25,10 @@ class Verb(enum.Enum):
     UNDO = "undo"
     RESUME = "resume"
     LIMIT = "limit"
+    SWITCH = "switch"
 
 
-IN_PASSING = frozenset({Verb.LIMIT})
+IN_PASSING = frozenset({Verb.LIMIT, Verb.SWITCH})
 """Verbs that change something about the run and leave the pair in its state: no way on, and no way out."""
 
 
@@ -62,18 +63,18 @@ TABLE: Mapping[State, Row] = MappingProxyType(
         State.SYNCING: _row(
             "the original is being brought up to date while the replica serves",
             (State.READY_TO_SWITCH, State.CANCELLING, State.NEEDS_OPERATOR),
-            (Verb.RESUME, Verb.CANCEL, Verb.LIMIT),
+            (Verb.RESUME, Verb.CANCEL, Verb.LIMIT, Verb.SWITCH),
             unfinished=True,
         ),
         State.READY_TO_SWITCH: _row(
             "little is left to copy, the replica still serves",
-            (State.SWITCHING, State.SYNCING, State.CANCELLING),
-            (Verb.RESUME, Verb.CANCEL, Verb.LIMIT),
+            (State.SWITCHING, State.SYNCING, State.CANCELLING, State.NEEDS_OPERATOR),
+            (Verb.RESUME, Verb.CANCEL, Verb.LIMIT, Verb.SWITCH),
             unfinished=True,
         ),
         State.SWITCHING: _row(
             "the replica goes off and the last changes are copied",
-            (State.FAILBACK, State.ROLLING_BACK, State.NEEDS_OPERATOR),
+            (State.FAILBACK, State.SYNCING, State.ROLLING_BACK, State.NEEDS_OPERATOR),
             (Verb.RESUME, Verb.LIMIT),
             unfinished=True,
         ),
@@ -111,6 +112,7 @@ TABLE: Mapping[State, Row] = MappingProxyType(
             "only a person can know how to go on",
             (
                 State.SYNCING,
+                State.READY_TO_SWITCH,
                 State.SWITCHING,
                 State.ROLLING_BACK,
                 State.CANCELLING,
@@ -130,7 +132,7 @@ def allowed_verbs(pair: Pair) -> frozenset[Verb]:
     verbs = TABLE[pair.state].verbs
     if pair.state is State.NEEDS_OPERATOR and pair.operator is not None:
         kept = TABLE[pair.operator.before].verbs & IN_PASSING
-        return frozenset(verb for verb in verbs if verb.value in pair.operator.exits or verb in kept)
+        return frozenset(verb for verb in verbs | kept if verb.value in pair.operator.exits or verb in kept)
     return verbs
 
 
@@ -150,7 +152,8 @@ def describe(pair: Pair) -> str:
     if pair.state is State.NEEDS_OPERATOR and pair.operator is not None:
         means = pair.operator.sentence
     ways = " or ".join(f"`failback {verb} {pair.name}`" for verb in ways_on(pair))
-    ways += "".join(f" (and `failback {verb.value} {pair.name}`)" for verb in allowed & IN_PASSING)
+    beside = " and ".join(f"`failback {verb} {pair.name}`" for verb in sorted(v.value for v in allowed & IN_PASSING))
+    ways += f" (and {beside})" if beside else ""
     return f"{pair.name} is in {pair.state.value} ({means}): {ways} is what that state allows"
 
 

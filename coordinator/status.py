@@ -6,16 +6,20 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from coordinator import journal, registry
+from coordinator import journal, registry, rounds
 from coordinator.audit import AuditStatus, audit_status
 from coordinator.entries import EntryKind, Phase
 from coordinator.limits import in_force
 from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
 from coordinator.progress import Progress
-from coordinator.records import ViewRecord
-from coordinator.reports import downtime_s
+from coordinator.records import DiskEvidence, PassRecord, Prediction, ViewRecord, Waiting
+from coordinator.reports import downtime_s, predicted
+from coordinator.rounds import PREDICTED, WAITING
 from coordinator.runlog import RunLog
 from coordinator.states import TABLE, describe
+
+SERVING = frozenset({State.SYNCING, State.READY_TO_SWITCH})
+"""The states in which the replica serves and a run works."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,11 @@ class PairStatus:
         view: the last view opened in the run.
         limits: in force for the run; none of either where there is no run.
         audit: of the run, after its switchover.
+        round: number of the latest round; None before the first.
+        evidence: on what the latest complete pass of each disk rested.
+        prediction: the latest one of the run: while the replica serves, what the switchover would cost; later, what was
+            expected when it began. `expected_s`: its sum.
+        waiting: what a run that could switch waits for; None while it does not.
         outcome, reason: how the run ended (see `coordinator.entries.RunRecord`); None and empty while it has not.
     """
 
@@ -56,6 +65,11 @@ class PairStatus:
     audit: AuditStatus
     outcome: str | None
     reason: str
+    round: int | None = None
+    evidence: tuple[DiskEvidence, ...] = ()
+    prediction: Prediction | None = None
+    expected_s: float | None = None
+    waiting: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +98,7 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         begun = next((e for e in reversed(entries) if e.kind is EntryKind.INTENT), under_way)
     failed = under_way is not None and under_way.kind is EntryKind.FAILED
     picture = journal.load_progress(connection, name) if active and (unfinished or audit.running) else None
+    prediction = log.note(PREDICTED, Prediction) if pair.state in SERVING else predicted(log)
     return PairStatus(
         pair=pair,
         state=pair.state,
@@ -100,6 +115,11 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         progress=picture if picture is not None and picture.run == pair.run else None,
         downtime_s=downtime_s(log, now_s if unfinished else None),
         view=_last_view(log),
+        round=rounds.last_round(log) or None,
+        evidence=_evidence(log, pair),
+        prediction=prediction,
+        expected_s=None if prediction is None else prediction.total_s,
+        waiting=_waiting(log) if pair.state in SERVING else None,
         operator=pair.operator,
         limits=in_force(run, log) if run is not None else RunLimits(),
         audit=audit,
@@ -109,11 +129,25 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
 
 
 def _last_view(log: RunLog) -> str | None:
-    for step in ("open_last_view", "open_first_view"):
+    for step in ("open_last_view", *(rounds.open_view(number) for number in range(rounds.last_round(log), 0, -1))):
         record = log.result(step, ViewRecord)
         if record is not None:
             return record.view
     return None
+
+
+def _evidence(log: RunLog, pair: Pair) -> tuple[DiskEvidence, ...]:
+    known = rounds.latest_evidence(log)
+    last = log.result(rounds.LAST_PASS, PassRecord)
+    if last is not None:
+        known |= {disk.replica: disk for disk in last.evidence}
+    return tuple(known[disk.replica] for disk in pair.disks if disk.replica in known)
+
+
+def _waiting(log: RunLog) -> str | None:
+    """The latest word on what is waited for, unless a step is under way."""
+    said = log.note(WAITING, Waiting)
+    return None if said is None or log.open_step() is not None else said.sentence
 
 
 def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:

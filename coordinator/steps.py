@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 from coordinator.agents import QUESTION_TIMEOUT_S, Agent, ask
 from coordinator.context import RunContext
@@ -65,13 +64,15 @@ class Step(ABC):
         lasts_until: what the step sets up holds only in the hands of the process that did it: a later process does it
             again unless the step named here is done.
         interruptible: may be broken off half-way by stop or cancel.
+        of_switchover: belongs to one switchover: where the replica came back into service, the next one does it anew.
     """
 
-    name: ClassVar[str]
-    sentence: ClassVar[str]
-    undo_sentence: ClassVar[str] = ""
-    lasts_until: ClassVar[str | None] = None
-    interruptible: ClassVar[bool] = False
+    name: str
+    sentence: str
+    undo_sentence: str = ""
+    lasts_until: str | None = None
+    interruptible: bool = False
+    of_switchover: bool = False
 
     def applies(self, context: RunContext) -> bool:
         """Whether this run needs the step."""

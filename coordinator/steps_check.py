@@ -32,6 +32,7 @@ class VerifyFull(Step):
     name = "verify_full"
     sentence = "verify in full: read both sides' storage whole and compare"
     lasts_until = LIFT_ORIGINAL_FENCE
+    of_switchover = True
 
     def applies(self, context: RunContext) -> bool:
         """Only if that was chosen, and while a mismatch can still roll the run back."""
@@ -54,6 +55,7 @@ class RememberMaps(Step):
 
     name = "remember_maps"
     sentence = "note which digest maps the audit can rely on"
+    of_switchover = True
 
     def applies(self, context: RunContext) -> bool:
         """Only for an audit, and before the original is out of our hands."""

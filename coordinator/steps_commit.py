@@ -10,6 +10,7 @@ from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointR
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
 from coordinator.steps_switch import FenceReplica
+from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, LiftFence, Side, Unprotect
 
 RESTORE_POINT = "restore_point"
@@ -32,6 +33,22 @@ class DropRestorePoint(Step):
         await prove_off(context, Side.REPLICA)
         drop = Unprotect(order=context.order, vm_uuid=context.pair.replica.uuid, snapshot=context.snapshot)
         await ask(context.source, drop, Done)
+        return Nothing()
+
+
+class ForgetRecords(Step):
+    """Nothing that the run recorded stays in the replica; it is still off and fenced."""
+
+    name = "end_tracking"
+    sentence = "forget what was recorded of the replica's writes"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only where anything may have been recorded."""
+        return context.log.intended(TRACKING)
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Remove it."""
+        await end_tracking(context)
         return Nothing()
 
 
@@ -66,4 +83,10 @@ class ResumeReplication(Step):
         return HooksRecord(names=await context.hooks.run(Hook.RESUME, context.pair, context.run.id))
 
 
-COMMIT_STEPS: tuple[Step, ...] = (EndAudit(), DropRestorePoint(), ReleaseReplica(), ResumeReplication())
+COMMIT_STEPS: tuple[Step, ...] = (
+    EndAudit(),
+    DropRestorePoint(),
+    ForgetRecords(),
+    ReleaseReplica(),
+    ResumeReplication(),
+)

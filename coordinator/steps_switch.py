@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from coordinator import rounds
 from coordinator.agents import ask
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
-from coordinator.errors import AgentRefused, HostUnreachable, is_silent
+from coordinator.errors import STALE_EPOCH, AgentRefused, HostUnreachable, is_silent
 from coordinator.model import ShutdownPolicy
+from coordinator.passes import run_pass
 from coordinator.records import (
+    CheckpointsRecord,
     FenceRecord,
     Nothing,
     PassRecord,
     PowerOffRecord,
     ProtectRecord,
     Record,
+    TrackingRecord,
     VerifyRecord,
     ViewRecord,
 )
@@ -33,18 +37,25 @@ from coordinator.steps import (
     unclear,
 )
 from coordinator.steps_check import RememberMaps, VerifyFull
-from coordinator.steps_sync import FirstPass, OpenFirstView, found_off, power_off
+from coordinator.steps_round import ViewStep
+from coordinator.steps_sync import READ_TRACKING, end_tracking, found_off, power_off
 from protocol.messages import (
     Condition,
+    DiskTracking,
     Done,
+    DropCheckpoints,
     LiftFence,
     OnTimeout,
     Power,
     PowerOn,
     Protect,
     Protected,
+    ReadTracking,
     Side,
+    Tracking,
+    TrackingRead,
     Unprotect,
+    ViewSince,
 )
 
 UNCLEAR = frozenset({Power.PAUSED, Power.SUSPENDED})
@@ -113,7 +124,13 @@ async def prove_verified(context: RunContext) -> str:
     return final.view
 
 
-class ReplicaOff(Step):
+class SwitchStep(Step):
+    """A step of the switchover."""
+
+    of_switchover = True
+
+
+class ReplicaOff(SwitchStep):
     """Downtime begins."""
 
     name = "replica_off"
@@ -150,7 +167,7 @@ class ReplicaOff(Step):
         return Nothing()
 
 
-class ProveReplicaOff(Step):
+class ProveReplicaOff(SwitchStep):
     """Off, and nobody else holds its images."""
 
     name = "prove_replica_off"
@@ -163,7 +180,7 @@ class ProveReplicaOff(Step):
         return Nothing()
 
 
-class FenceReplica(Step):
+class FenceReplica(SwitchStep):
     """From here to commit or undo the replica cannot start, and nobody writes to its disks."""
 
     name = "fence_replica"
@@ -183,7 +200,57 @@ class FenceReplica(Step):
         return Nothing()
 
 
-class ProtectReplica(Step):
+class ReadRecords(SwitchStep):
+    """What the replica's disks recorded until it went off: how much is left to copy, and whether that is proven."""
+
+    name = READ_TRACKING
+    sentence = "read what the replica wrote since the last view"
+    undo_sentence = "forget what was recorded of the replica's writes"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only where something is recorded."""
+        return rounds.ever_tracked(context.log)
+
+    async def do(self, context: RunContext) -> TrackingRecord:
+        """Ask since the view that the target proves of each disk."""
+        views = rounds.latest_views(context.log)
+        since = tuple(ViewSince(target=target, view=view) for target, view in views.items())
+        order = ReadTracking(order=context.order, vm_uuid=context.pair.replica.uuid, since=since)
+        try:
+            read = await ask(context.source, order, TrackingRead)
+        except AgentRefused as error:
+            if is_silent(error) or error.code == STALE_EPOCH:
+                raise
+            # A record that cannot be read proves nothing; the rung below needs none.
+            why = error.sentence.rstrip(".")
+            return TrackingRecord(
+                disks=tuple(DiskTracking(target=t, since=None, dirty_bytes=0, why_not=why) for t in views)
+            )
+        return TrackingRecord(disks=read.disks)
+
+    async def undo(self, context: RunContext) -> Record:
+        """Remove the records while the replica is off and fenced."""
+        await end_tracking(context)
+        return Nothing()
+
+
+class DropLastCheckpoints(SwitchStep):
+    """libvirt refuses the snapshot of a domain that has checkpoints; the bitmaps stay in the images."""
+
+    name = "drop_checkpoints"
+    sentence = "drop the replica's checkpoints, keep what they recorded"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only where there may be any."""
+        return rounds.ever_tracked(context.log)
+
+    async def do(self, context: RunContext) -> CheckpointsRecord:
+        """Drop them."""
+        await ask(context.source, DropCheckpoints(order=context.order, vm_uuid=context.pair.replica.uuid), Done)
+        return CheckpointsRecord(kept=())
+
+
+class ProtectReplica(SwitchStep):
     """The protective snapshot."""
 
     name = "protect_replica"
@@ -208,22 +275,27 @@ class ProtectReplica(Step):
         return Nothing()
 
 
-class OpenLastView(OpenFirstView):
+class OpenLastView(SwitchStep, ViewStep):
     """The images of the replica that is off."""
 
     name = "open_last_view"
     sentence = "open the final view of the replica"
     undo_sentence = "close the final view of the replica"
-    lasts_until = "last_pass"
-    number = 2
+    lasts_until = rounds.LAST_PASS
 
-    def applies(self, context: RunContext) -> bool:
-        """Always."""
-        return True
+    def number_in(self, context: RunContext) -> int:
+        """The one after the rounds."""
+        return rounds.last_round(context.log) + 1
 
     async def do(self, context: RunContext) -> ViewRecord:
-        """Open it, and insist that the replica is off."""
-        opened = await super().do(context)
+        """Open it with what was found recorded, and insist that the replica is off."""
+        tracking = context.log.result(READ_TRACKING, TrackingRecord)
+        since = tuple(
+            ViewSince(target=disk.target, view=disk.since)
+            for disk in (tracking.disks if tracking is not None else ())
+            if disk.since is not None
+        )
+        opened = await self.open(context, track=Tracking.NONE, since=since)
         if opened.live:
             raise StepFailed(
                 f"the replica on {context.source.host} runs again in the middle of the switchover: power it off",
@@ -232,16 +304,20 @@ class OpenLastView(OpenFirstView):
         return opened
 
 
-class LastPass(FirstPass):
+class LastPass(SwitchStep):
     """The last-minute changes."""
 
-    name = "last_pass"
+    name = rounds.LAST_PASS
     sentence = "last pass: copy the last-minute changes"
-    interruptible = False
-    opened_by = OpenLastView()
+
+    async def do(self, context: RunContext) -> PassRecord:
+        """Run the pass; until it is complete the original is torn."""
+        opened = context.log.result(OpenLastView.name, ViewRecord)
+        assert opened is not None  # the step before this one
+        return await run_pass(context, self.name, opened)
 
 
-class CloseLastView(Step):
+class CloseLastView(SwitchStep):
     """Nothing reads the replica any more."""
 
     name = "close_last_view"
@@ -252,7 +328,7 @@ class CloseLastView(Step):
         return await OpenLastView().close_last(context)
 
 
-class Verify(Step):
+class Verify(SwitchStep):
     """The last moment before the point of no return: is everything proven?"""
 
     name = "verify"
@@ -268,7 +344,7 @@ class Verify(Step):
         return VerifyRecord(view=await prove_verified(context))
 
 
-class LiftOriginalFence(Step):
+class LiftOriginalFence(SwitchStep):
     """The point of no return is the journalled intent of this step."""
 
     name = LIFT_ORIGINAL_FENCE
@@ -320,7 +396,7 @@ class LiftOriginalFence(Step):
         return fence_record(fence, condition)
 
 
-class OriginalOn(Step):
+class OriginalOn(SwitchStep):
     """Downtime ends."""
 
     name = "original_on"
@@ -349,6 +425,8 @@ SWITCH_STEPS: tuple[Step, ...] = (
     ReplicaOff(),
     ProveReplicaOff(),
     FenceReplica(),
+    ReadRecords(),
+    DropLastCheckpoints(),
     ProtectReplica(),
     OpenLastView(),
     LastPass(),

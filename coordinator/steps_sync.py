@@ -1,29 +1,25 @@
-"""The steps while the replica serves: survey, hold, original off and fenced, first pass."""
+"""The steps before the first round: survey, hold, original off and fenced."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from sqlalchemy import Connection
 
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import SURVEY, RunContext
-from coordinator.entries import EntryKind
+from coordinator.entries import EntryKind, Phase
 from coordinator.errors import AgentRefused, HostUnreachable, is_silent
 from coordinator.hooks import Hook
-from coordinator.passes import run_pass
 from coordinator.plain import from_json
 from coordinator.records import (
     DiskSizes,
     FenceRecord,
     HooksRecord,
-    PassRecord,
+    Nothing,
     PowerOffRecord,
     Record,
     ReleaseRecord,
     SurveyRecord,
-    ViewRecord,
 )
 from coordinator.steps import (
     IS_OFF,
@@ -41,24 +37,30 @@ from coordinator.steps import (
     take_fence,
 )
 from protocol.messages import (
-    CloseView,
     Condition,
     DescribeHost,
     Done,
+    EndTracking,
     HostDescription,
+    ImageDescription,
     LiftFence,
     OnTimeout,
-    OpenView,
     Power,
     PoweredOff,
     PowerOff,
     Side,
-    ViewOpened,
+    Tracking,
     VmDescription,
 )
 
 POWER_OFF_GRACE_S = 120.0
 """On top of the guest's own deadline: forcing a VM off, and the answer's way back."""
+END_TRACKING_TIMEOUT_S = 3600.0
+"""A live overlay is merged into its base meanwhile: as long as the guest has written to it."""
+TRACKING = "tracking"
+READ_TRACKING = "read_tracking"
+FORBIDDEN = "forbidden"
+"""Code of an agent that does not know an order, or does not take it."""
 OPERATOR_SAID_GO_ON = "operator_said_go_on"
 """Name of the note that a person resumed the run out of *Needs operator*."""
 
@@ -96,7 +98,7 @@ class Survey(Step):
         )
 
     def _ask_if_it_stopped(self, context: RunContext, power: Power) -> None:
-        stopped = context.replica_was_running and power in IS_OFF and not context.log.intended("replica_off")
+        stopped = context.replica_was_running and power in IS_OFF and not context.log.stands("replica_off")
         if stopped and not _told_to_go_on(context):
             name = context.pair.name
             raise operator_needed(
@@ -117,7 +119,13 @@ class Survey(Step):
                 "resized since the plan; cancel, then plan again",
                 code="size-changed",
             )
-        return DiskSizes(original=original, replica=replica, source_size_bytes=source, target_size_bytes=target)
+        return DiskSizes(
+            original=original,
+            replica=replica,
+            source_size_bytes=source,
+            target_size_bytes=target,
+            source_format=_top(dr, replica, context.source.host).format,
+        )
 
 
 def _told_to_go_on(context: RunContext) -> bool:
@@ -132,9 +140,13 @@ def _told_to_go_on(context: RunContext) -> bool:
 
 
 def _size(vm: VmDescription, target: str, host: str) -> int:
+    return _top(vm, target, host).virtual_size_bytes
+
+
+def _top(vm: VmDescription, target: str, host: str) -> ImageDescription:
     for disk in vm.disks:
         if disk.target == target and disk.chain:
-            return disk.chain[0].virtual_size_bytes
+            return disk.chain[0]
     raise StepFailed(
         f"the VM {vm.name} on {host} has no readable disk {target} any more: put it back, or cancel and plan again",
         code="disk-gone",
@@ -185,9 +197,27 @@ async def power_off(context: RunContext, side: Side, on_timeout: OnTimeout) -> P
     agent = context.target if side is Side.ORIGINAL else context.source
     vm = context.pair.original if side is Side.ORIGINAL else context.pair.replica
     timeout_s = context.options.shutdown_timeout_s
-    order = PowerOff(order=context.order, vm_uuid=vm.uuid, timeout_s=timeout_s, on_timeout=on_timeout)
-    answer = await ask(agent, order, PoweredOff, timeout_s=timeout_s + POWER_OFF_GRACE_S)
-    return PowerOffRecord(was_running=answer.was_running, forced=answer.forced, guest_s=answer.elapsed_s)
+    kill_after_s = context.options.kill_after_s
+    order = PowerOff(
+        order=context.order, vm_uuid=vm.uuid, timeout_s=timeout_s, on_timeout=on_timeout, kill_after_s=kill_after_s
+    )
+    answer = await ask(agent, order, PoweredOff, timeout_s=timeout_s + kill_after_s + POWER_OFF_GRACE_S)
+    return PowerOffRecord(
+        was_running=answer.was_running, forced=answer.forced, guest_s=answer.elapsed_s, killed=answer.killed
+    )
+
+
+async def end_tracking(context: RunContext) -> None:
+    """Nothing of ours stays in the replica: no checkpoint, no bitmap, no live overlay.
+
+    An agent that does not know the order cannot have recorded anything.
+    """
+    order = EndTracking(order=context.order, vm_uuid=context.pair.replica.uuid, targets=context.replica_targets)
+    try:
+        await ask(context.source, order, Done, timeout_s=END_TRACKING_TIMEOUT_S)
+    except AgentRefused as error:
+        if error.code != FORBIDDEN:
+            raise
 
 
 async def found_off(context: RunContext, side: Side) -> Finding:
@@ -239,91 +269,28 @@ class FenceOriginal(Step):
         return ReleaseRecord(kept=True, condition=condition.value, why="torn")
 
 
-class OpenFirstView(Step):
-    """A frozen view of the serving replica."""
+class ClearTracking(Step):
+    """From the first view on, what the replica writes is recorded. Nothing of ours may be there before, and nothing
+    stays when the run is taken back."""
 
-    name = "open_first_view"
-    sentence = "freeze a view of the running replica"
-    undo_sentence = "close the view of the replica"
-    lasts_until = "first_pass"
-    number = 1
+    name = TRACKING
+    sentence = "clear what earlier runs recorded of the replica's writes"
+    undo_sentence = "forget what was recorded of the replica's writes"
 
     def applies(self, context: RunContext) -> bool:
-        """A replica that is off already gets one pass, after the switchover has begun."""
-        return context.survey.replica_power not in IS_OFF
+        """Only while it runs, and only if anything is to be recorded."""
+        return context.survey.replica_power not in IS_OFF and context.options.track is not Tracking.NONE
 
-    async def do(self, context: RunContext) -> ViewRecord:
-        """Close what an earlier attempt may have left, then open a view under a name never used before."""
-        attempt = context.log.attempts(self.name)
-        await self._close(context, range(1, attempt))
-        order = OpenView(
-            order=context.order,
-            vm_uuid=context.pair.replica.uuid,
-            targets=context.replica_targets,
-            view=self._view(context, attempt),
-        )
-        opened = await ask(context.source, order, ViewOpened)
-        sizes = {disk.replica: disk.source_size_bytes for disk in context.survey.disks}
-        if {disk.target: disk.size_bytes for disk in opened.disks} != sizes:
-            raise StepFailed(
-                f"the disks of the replica on {context.source.host} were resized in the middle of the run: cancel, "
-                "then plan again",
-                code="size-changed",
-            )
-        return ViewRecord(view=opened.view, live=opened.live)
+    async def do(self, context: RunContext) -> Nothing:
+        """Remove whatever is there under our names."""
+        await end_tracking(context)
+        return Nothing()
 
     async def undo(self, context: RunContext) -> Record:
-        """Close every view of this step."""
-        await self._close(context, range(1, context.log.attempts(self.name) + 1))
-        return ViewRecord(view=self._view(context, context.log.attempts(self.name)), live=False)
-
-    async def close_last(self, context: RunContext) -> ViewRecord:
-        """Close the view that is open."""
-        attempt = context.log.attempts(self.name)
-        await self._close(context, (attempt,))
-        return ViewRecord(view=self._view(context, attempt), live=False)
-
-    def _view(self, context: RunContext, attempt: int) -> str:
-        return f"{context.run.id}-{self.number}" + (f".{attempt}" if attempt > 1 else "")
-
-    async def _close(self, context: RunContext, attempts: range | tuple[int, ...]) -> None:
-        for attempt in attempts:
-            order = CloseView(order=context.order, vm_uuid=context.pair.replica.uuid, view=self._view(context, attempt))
-            await ask(context.source, order, Done)
-
-
-class FirstPass(Step):
-    """Make the original equal the view, while the replica serves."""
-
-    name = "first_pass"
-    sentence = "first pass: bring the original up to the view"
-    interruptible = True
-    opened_by: ClassVar[OpenFirstView] = OpenFirstView()
-
-    def applies(self, context: RunContext) -> bool:
-        """Only with a view to copy."""
-        return self.opened_by.applies(context)
-
-    async def do(self, context: RunContext) -> PassRecord:
-        """Run the pass; until it is complete the original is torn."""
-        opened = context.log.result(self.opened_by.name, ViewRecord)
-        assert opened is not None  # the step before this one
-        return await run_pass(context, self.name, opened.view)
-
-
-class CloseFirstView(Step):
-    """End the view and remove its scratch files."""
-
-    name = "close_first_view"
-    sentence = "close the view"
-
-    def applies(self, context: RunContext) -> bool:
-        """Only where one was opened."""
-        return context.log.intended(OpenFirstView.name)
-
-    async def do(self, context: RunContext) -> ViewRecord:
-        """Close it."""
-        return await OpenFirstView().close_last(context)
+        """Remove it while it runs, unless that was done while it was off."""
+        if not context.log.is_done(READ_TRACKING, Phase.UNDO):
+            await end_tracking(context)
+        return Nothing()
 
 
 SYNC_STEPS: tuple[Step, ...] = (
@@ -331,7 +298,5 @@ SYNC_STEPS: tuple[Step, ...] = (
     HoldReplication(),
     OriginalOff(),
     FenceOriginal(),
-    OpenFirstView(),
-    FirstPass(),
-    CloseFirstView(),
+    ClearTracking(),
 )

@@ -14,11 +14,12 @@ from coordinator.limits import LIMITS, VERB, LimitsChange, read_limits
 from coordinator.mapping import mapping_words, revised
 from coordinator.model import Newest, Pair, Rate, RestorePoint, RunOptions, State
 from coordinator.plain import to_json
-from coordinator.records import Record, RestorePointRecord
+from coordinator.records import Record, RestorePointRecord, SwitchOrder
 from coordinator.runlog import RunLog
 from coordinator.states import Verb, check_verb
 from coordinator.steps_commit import RESTORE_POINT
 from coordinator.steps_sync import OPERATOR_SAID_GO_ON
+from coordinator.timing import SWITCH, Trigger, moment, order_in_force
 
 TAKES_BACK = {Verb.UNDO: State.UNDOING, Verb.CANCEL: State.CANCELLING}
 REASONS = {Verb.UNDO: "undone by the administrator", Verb.CANCEL: "cancelled by the administrator"}
@@ -39,6 +40,14 @@ class Taken:
     pair: Pair
     run: RunRecord
     log: RunLog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchAsked:
+    """A word on when to switch that is in the journal of `run`; `request`: None: there was nothing left to ask."""
+
+    run: str
+    request: int | None
 
 
 def note(
@@ -133,6 +142,27 @@ def change_limits(
     note(connection, pair, author, EntryKind.NOTE, LIMITS, sentence=f"limits: {limits.words}", record=limits)
     request = journal.ask(connection, pair=name, run=run, verb=VERB, actor=author.actor, at_s=author.at_s)
     return LimitsChange(run=run, limits=limits, request=request)
+
+
+def order_switch(connection: Connection, name: str, author: Author, at_s: float | None) -> SwitchAsked:
+    """A person's word on when to switch; `at_s`: None: now. Harmless when repeated, also once it is carried out.
+
+    Raises:
+        WrongState: the pair is in no state that leads to a switchover.
+    """
+    pair = registry.get_pair(connection, name)
+    if at_s is None and pair.state in (State.SWITCHING, State.FAILBACK):
+        return SwitchAsked(run=pair.run or "", request=None)
+    check_verb(pair, Verb.SWITCH)
+    run = pair.run or ""
+    log = RunLog(journal.entries(connection, name, run))
+    now = order_in_force(journal.get_run(connection, run).options, log)
+    repeated = now.trigger is (Trigger.NOW if at_s is None else Trigger.AT) and now.at_s == at_s and not now.used
+    if not repeated:
+        sentence = "switch now" if at_s is None else f"switch at {moment(at_s)}"
+        note(connection, pair, author, EntryKind.NOTE, SWITCH, sentence=sentence, record=SwitchOrder(at_s=at_s))
+    request = journal.ask(connection, pair=name, run=run, verb=SWITCH, actor=author.actor, at_s=author.at_s)
+    return SwitchAsked(run=run, request=request)
 
 
 def take_over(

@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def _in_the_first_pass(status: dict[str, Any]) -> bool:
-    return status["step"] == "first_pass" and status["progress"] is not None and status["progress"]["changed_bytes"] > 0
+    return status["step"] == "pass:1" and status["progress"] is not None and status["progress"]["changed_bytes"] > 0
 
 
 @contextmanager

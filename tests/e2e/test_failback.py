@@ -108,7 +108,7 @@ def test_cancel_leaves_the_replica_serving_and_a_torn_original_fenced(site: Site
     pair = site.make_pair("cancelled")
     with site.bulk_stalled():
         run = site.spawn(*START, pair.name)
-        site.wait_for_status(pair.name, lambda status: _in_the_middle(status, "first_pass"), run)
+        site.wait_for_status(pair.name, lambda status: _in_the_middle(status, "pass:1"), run)
         site.failback("cancel", pair.name)
         assert run.wait(60) == 1
     status = site.failback("status", pair.name)
@@ -129,7 +129,7 @@ def test_resume_after_the_coordinator_was_killed_in_the_middle_of_the_first_pass
     pair = site.make_pair("killed-first")
     with site.bulk_stalled():
         run = site.spawn(*START, "--power-on", pair.name)
-        site.wait_for_status(pair.name, lambda status: _in_the_middle(status, "first_pass"), run)
+        site.wait_for_status(pair.name, lambda status: _in_the_middle(status, "pass:1"), run)
         run.send_signal(signal.SIGKILL)
         run.wait(60)
     assert site.failback("status", pair.name)["active"] is False

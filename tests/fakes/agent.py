@@ -1,7 +1,8 @@
 """Two agents and their VMs in memory, which watch the invariants of DESIGN section 7 after every order.
 
-It models what a coordinator can see of `agent.service`: power, fences, epochs, flags, views, passes and protective
-snapshots. Disks are short byte strings; a running guest writes at every order that any agent gets.
+It models what a coordinator can see of `agent.service`: power, fences, epochs, flags, views, passes, protective
+snapshots, and what is recorded of writes (`tests.fakes.records`). Disks are short byte strings; a running guest writes
+at every order that any agent gets.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from protocol.messages import (
     DiskProgress,
     DiskReport,
     Done,
+    DropCheckpoints,
+    EndTracking,
+    Evidence,
     FenceDescription,
     FenceVm,
     Grant,
@@ -49,6 +53,7 @@ from protocol.messages import (
     Protect,
     Protected,
     ProtectedDisk,
+    ReadTracking,
     Reply,
     Request,
     RunPass,
@@ -57,12 +62,14 @@ from protocol.messages import (
     SetLimits,
     Side,
     SnapshotDescription,
+    Tracking,
+    TrackingRead,
     Unprotect,
-    ViewedDisk,
     ViewOpened,
     VmDescription,
 )
 from tests.fakes.checks import FakeMaps
+from tests.fakes.records import FakeView, SourceRecords, TargetRecords
 
 Content = dict[str, bytes]
 """What the disks hold, by target."""
@@ -100,6 +107,7 @@ class FakeVm:
     shareable: tuple[str, ...] = ()
     held: tuple[str, ...] = ()  # disks whose image another process has open
     boots: int = 0
+    dies_hard: bool = False  # QEMU must be killed: its bitmaps are lost
 
     @property
     def is_off(self) -> bool:
@@ -120,7 +128,13 @@ class World:
     def __init__(self, disks: tuple[str, ...] = ("vda", "vdb")) -> None:
         self.original = FakeVm("u-orig", "web", "prod", Power.OFF, {d: b"old-" + d.encode() for d in disks})
         self.replica = FakeVm("u-repl", "web", "dr", Power.RUNNING, {d: b"old-" + d.encode() for d in disks})
-        self.views: dict[str, tuple[bool, Content]] = {}
+        self.views: dict[str, FakeView] = {}
+        self.records = SourceRecords()
+        self.proofs = TargetRecords()
+        self.knows_evidence = True  # False: agents that refuse the questions and orders of evidence
+        self.scratch_disks: int | None = None  # so many disks of a live view fill its scratch files
+        self.shutdown_s = 1.0
+        self.pass_s = 1.0
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
         self.fault: Fault = no_fault
@@ -167,6 +181,8 @@ class World:
             if not vm.is_off:
                 first = next(iter(vm.disks))
                 vm.disks = {**vm.disks, first: f"{vm.uuid}-{self.writes}".encode()}
+                if vm is self.replica:
+                    self.records.wrote(first)
 
     def __deepcopy__(self, memo: dict[int, object]) -> World:
         """Both hosts as they are now, when the coordinator has just died: no pass goes on, nothing is to go wrong."""
@@ -202,8 +218,9 @@ class World:
                 return PowerAnswer(power=vm.power, images_free=not vm.held, holders=vm.held)
             case AllowPass():
                 self.grants[host, request.grant.grant] = request.grant
+                self._check_grant(request.grant)
                 if request.grant.direction is Direction.SEND:
-                    self.mapping = {disk.peer_target: disk.target for disk in request.grant.disks}
+                    self.mapping = {**self.mapping, **{d.peer_target: d.target for d in request.grant.disks}}
                 return Done()
             case RunPass():
                 self.limits[host] = request.limit_network, request.limit_read
@@ -211,10 +228,14 @@ class World:
             case SetLimits():
                 self.limits[host] = request.limit_network, request.limit_read
                 return Done()
-            case AskEvidence():
-                return self.maps.evidence(request)
-            case SampleBlocks():
+            case AskEvidence() if self.knows_evidence:
+                vm = self.vm(request.vm_uuid, host)
+                told = self.proofs.answer(request.targets, vm.disks, held=vm.fence is not None)
+                return Evidence(disks=self.maps.told(told))
+            case AskEvidence() | SampleBlocks():
                 raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
+            case DropCheckpoints() | ReadTracking() | EndTracking() if not self.knows_evidence:
+                raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
 
@@ -237,15 +258,15 @@ class World:
                 assert request.view not in self.views, "a view's name is used twice"
                 if vm.is_off and vm.fence is None:
                     raise AgentRefused("not fenced", code="not-fenced")
-                self.views[request.view] = (not vm.is_off, dict(vm.disks))
-                sizes = tuple(ViewedDisk(target=t, size_bytes=SIZE_BYTES) for t in request.targets)
-                return ViewOpened(view=request.view, live=not vm.is_off, disks=sizes)
+                return self._open_view(vm, request)
             case CloseView():
                 self.views.pop(request.view, None)
                 return Done()
             case Protect():
                 assert vm.is_off, "snapshot of a running VM"
                 assert vm.fence is not None, "snapshot of a VM without a fence"
+                if self.records.checkpoints:
+                    raise AgentRefused("cannot perform block operations while checkpoint exists", code="hypervisor")
                 vm.snapshots.setdefault(request.snapshot, dict(vm.disks))
                 disks = tuple(
                     ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in request.targets
@@ -255,8 +276,46 @@ class World:
                 assert vm.is_off, "snapshot dropped under a running VM"
                 vm.snapshots.pop(request.snapshot, None)
                 return Done()
+            case DropCheckpoints():
+                self.records.drop(request.keep, running=not vm.is_off)
+                return Done()
+            case ReadTracking():
+                assert vm.is_off, "records read while the guest writes"
+                assert vm.fence is not None, "records read without a fence"
+                return TrackingRead(disks=tuple(self.records.read(since) for since in request.since))
+            case EndTracking():
+                assert vm.is_off or vm.fence is None
+                self.records.end()
+                return Done()
             case _:
                 raise AssertionError(request)
+
+    def _open_view(self, vm: FakeVm, request: OpenView) -> ViewOpened:
+        live = not vm.is_off
+        tracks = self.knows_evidence and live and request.track is not Tracking.NONE
+        disks = tuple(
+            self.records.viewed(target, SIZE_BYTES, request.since if self.knows_evidence else (), live=live)
+            for target in request.targets
+        )
+        if tracks:
+            disks = self.records.begin(request.view, disks)
+        self.views[request.view] = FakeView(
+            live=live, content=dict(vm.disks), disks=disks, dirty=self.records.dirty_of(disks)
+        )
+        return ViewOpened(view=request.view, live=live, disks=disks)
+
+    def _check_grant(self, grant: Grant) -> None:
+        """Whoever lets a pass rest on rung 1 must have both proofs, and the map's seed must be the map's."""
+        receives = grant.direction is Direction.RECEIVE
+        for disk in grant.disks:
+            here, there = (disk.target, disk.peer_target) if receives else (disk.peer_target, disk.target)
+            proof = self.proofs.of(here, self.original.disks, held=self.original.fence is not None)
+            if disk.since is not None:
+                assert proof.equals == disk.since, "a tracked grant that the target does not prove"
+                viewed = {d.target: d.since for d in self.views[grant.view].disks}
+                assert viewed[there] == disk.since, "a tracked grant that the source does not prove"
+            if disk.digest_seed is not None:
+                assert proof.map_seed == disk.digest_seed, "a grant with the seed of another map"
 
     def _power_off(self, vm: FakeVm, request: PowerOff) -> PoweredOff:
         if vm.is_off:
@@ -264,10 +323,14 @@ class World:
         if vm.ignores_shutdown and request.on_timeout is OnTimeout.ABORT:
             raise AgentRefused(f"the VM {vm.uuid} still runs", code="shutdown-timeout")
         vm.power = Power.OFF
+        killed = vm.dies_hard
         if vm is self.replica:
+            if killed:
+                self.records.kill()
             self.frozen = dict(vm.disks)
             self.last_words = dict(vm.disks)
-        return PoweredOff(was_running=True, forced=vm.ignores_shutdown, elapsed_s=1.0)
+        forced = vm.ignores_shutdown or killed
+        return PoweredOff(was_running=True, forced=forced, elapsed_s=self.shutdown_s, killed=killed)
 
     def _power_on(self, vm: FakeVm) -> Done:
         if vm.fence is not None or vm.condition is Condition.TORN:
@@ -322,8 +385,8 @@ class World:
             if meeting.failed:
                 raise AgentRefused("the source agent gave the pass up", code="peer-failed")
             if grant.kind is not PassKind.SYNC:
-                return self.maps.report(grant, self.views[grant.view][1], self.original.disks, sends=False)
-            return PassReport(view=grant.view, elapsed_s=1.0, disks=self._reports(grant, sends=False))
+                return self.maps.report(grant, self.views[grant.view].content, self.original.disks, sends=False)
+            return PassReport(view=grant.view, elapsed_s=self.pass_s, disks=self._reports(grant, sends=False))
         assert request.peer_name == "prod", "the sender calls somebody else"
         meeting.sender_came = True
         try:
@@ -346,36 +409,46 @@ class World:
             if self.pass_hold is not None:
                 await self.pass_hold.wait()
             meeting.ended.set()
-            return self.maps.report(grant, self.views[grant.view][1], self.original.disks, sends=True)
+            return self.maps.report(grant, self.views[grant.view].content, self.original.disks, sends=True)
         self.original.condition, self.original.view = Condition.TORN, None
         assert self.original.fence is not None, "written without a fence"
-        self.original.disks = {**self.original.disks, **{disk.peer_target: b"half" for disk in grant.disks}}
+        view = self.views.get(grant.view)
+        if view is None:
+            raise AgentRefused(f"the view {grant.view} is gone", code="sync")
+        moved = [disk for disk in grant.disks if disk.since is None or view.dirty[disk.target]]
+        for disk in moved:
+            self.original.disks = {**self.original.disks, disk.peer_target: b"half"}
+            self.proofs.torn(disk.peer_target, b"half", since=disk.since)
+        if view.live and self.scratch_disks is not None and len(view.disks) > self.scratch_disks:
+            self.views.pop(grant.view)
+            raise AgentRefused("the scratch files fill their file system; make room", code="scratch-full")
         self.fault(host, request, "midway")
         if self.pass_hold is not None:
             await self.pass_hold.wait()
         if grant.view not in self.views:
             raise AgentRefused(f"the view {grant.view} is gone", code="sync")
-        content = self.views[grant.view][1]
+        for disk in moved:
+            self.original.disks[disk.peer_target] = view.content[disk.target]
         for disk in grant.disks:
-            self.original.disks[disk.peer_target] = content[disk.target]
-            self.maps.maps[disk.peer_target] = content[disk.target]
+            self.maps.maps[disk.peer_target] = self.original.disks[disk.peer_target]
+            self.proofs.equal(disk.peer_target, self.original.disks[disk.peer_target], grant.view)
         meeting.ended.set()
-        return PassReport(view=grant.view, elapsed_s=1.0, disks=self._reports(grant, sends=True))
+        return PassReport(view=grant.view, elapsed_s=self.pass_s, disks=self._reports(grant, sends=True))
 
     def _reports(self, grant: Grant, *, sends: bool) -> tuple[DiskReport, ...]:
         return tuple(
             DiskReport(
                 target=disk.target,
                 size_bytes=disk.source_size_bytes,
-                zero_bytes=SIZE_BYTES // 4 if sends else 0,
-                compared_bytes=SIZE_BYTES - SIZE_BYTES // 4,
+                zero_bytes=SIZE_BYTES // 4 if sends and not disk.since else 0,
+                compared_bytes=65536 if sends and disk.since else SIZE_BYTES - SIZE_BYTES // 4,
                 changed_bytes=4096 if sends else 0,
                 wire_bytes=1000 if sends else 0,
                 written_bytes=0 if sends else 4096,
                 zeroed_bytes=0 if sends else 512,
                 verified_bytes=0 if sends else 4608,
-                rung="digests",
-                why_not_higher="no bitmap",
+                rung="bitmap" if disk.since else "map" if disk.digest_seed is not None else "digests",
+                why_not_higher="" if disk.since else "no bitmap",
                 past_cache=True,
                 frames={"zstd 1": 1} if sends else {},
                 stored_bytes=900 if sends else 0,
@@ -402,7 +475,7 @@ class World:
             passthrough=vm.passthrough,
             disks=tuple(_disk(vm, target) for target in vm.disks),
             snapshots=tuple(SnapshotDescription(name=name, ours=True, external=True) for name in vm.snapshots),
-            checkpoints=(),
+            checkpoints=tuple(sorted(self.records.checkpoints)) if vm is self.replica else (),
             job=None,
             job_is_ours=False,
             fence=None if vm.fence is None else self._fence_description(vm, vm.fence),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.errors import AgentRefused
 from protocol.messages import (
-    AskEvidence,
     ByteRange,
     DiskReport,
-    Evidence,
     Grant,
     PassKind,
     PassReport,
@@ -17,7 +15,6 @@ from protocol.messages import (
 )
 
 SIZE_BYTES = 1 << 20
-SEED = 4711
 DIFFERING = (ByteRange(offset_bytes=65536, length_bytes=65536),)
 Content = dict[str, bytes]
 
@@ -36,19 +33,12 @@ class FakeMaps:
     missing: set[str] = field(default_factory=set)
     rotten: set[str] = field(default_factory=set)
 
-    def evidence(self, request: AskEvidence) -> Evidence:
-        """See `protocol.messages.AskEvidence`."""
-        return Evidence(disks=tuple(self._told(target) for target in request.targets))
-
-    def _told(self, target: str) -> TargetEvidence:
-        known = target in self.maps and target not in self.missing
-        return TargetEvidence(
-            target=target,
-            equals=None,
-            why_not="no record of it",
-            map_seed=SEED if known else None,
-            map_known_bytes=SIZE_BYTES if known else 0,
-            why_no_map="" if known else "the agent was told to keep none",
+    def told(self, disks: tuple[TargetEvidence, ...]) -> tuple[TargetEvidence, ...]:
+        """What the target agent says of its disks, less the maps that are missing."""
+        why = "the agent was told to keep none"
+        return tuple(
+            replace(disk, map_seed=None, map_known_bytes=0, why_no_map=why) if disk.target in self.missing else disk
+            for disk in disks
         )
 
     def report(self, grant: Grant, view: Content, original: Content, *, sends: bool) -> PassReport:
@@ -58,8 +48,8 @@ class FakeMaps:
             view: the replica's disks as the view froze them.
             original: the original's disks now.
         """
-        if grant.kind is PassKind.AUDIT and any(disk.digest_seed != SEED for disk in grant.disks):
-            raise AgentRefused("the map has another seed", code="forbidden")
+        if grant.kind is PassKind.AUDIT and any(disk.digest_seed is None for disk in grant.disks):
+            raise AgentRefused("the seed of the map is not told", code="forbidden")
         disks = []
         for disk in grant.disks:
             here, there = (disk.peer_target, disk.target) if sends else (disk.target, disk.peer_target)

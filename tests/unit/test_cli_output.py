@@ -65,7 +65,7 @@ def progress(done_bytes: int = 4 * GIB, rate_bytes_s: float = 230e6) -> Progress
     )
     return Progress(
         run="r1",
-        step="first_pass",
+        step="pass:1",
         at_s=0.0,
         elapsed_s=1.0,
         disks=(disk,),
@@ -126,10 +126,10 @@ def test_a_terminal_that_goes_away_ends_nothing() -> None:
     out = output(terminal)
     with run_view(out) as view:
         assert isinstance(view, LiveView)
-        view.take(StepStarted(step="first_pass", sentence="first pass", undoing=False))
+        view.take(StepStarted(step="pass:1", sentence="first pass", undoing=False))
         view.take(Progressed(progress=progress()))
         terminal.gone = True
-        view.take(StepDone(step="first_pass", undoing=False, elapsed_s=1.0, found_done=False))
+        view.take(StepDone(step="pass:1", undoing=False, elapsed_s=1.0, found_done=False))
         out.say("nobody reads this")
     assert out.stdout.lost
 
@@ -187,7 +187,7 @@ def test_progress_in_a_pipe_is_a_line_now_and_then() -> None:
     stream = io.StringIO()
     now = [0.0]
     view = LineView(output(stream), clock=lambda: now[0])
-    view.take(StepStarted(step="first_pass", sentence="first pass", undoing=False))
+    view.take(StepStarted(step="pass:1", sentence="first pass", undoing=False))
     for tick in range(61):
         now[0] = tick / 2
         view.take(Progressed(progress=progress(done_bytes=GIB)))

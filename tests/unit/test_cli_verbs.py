@@ -113,7 +113,7 @@ class TestARun:
         value = taken_over.json(*START)
         assert (value["state"], value["exit_code"], value["run"]) == ("Failback", 0, value["report"]["run"])
         assert "error" not in value
-        assert {line["pass_name"] for line in value["report"]["disks"]} == {"first_pass", "last_pass"}
+        assert {line["pass_name"] for line in value["report"]["disks"]} == {"pass:1", "last_pass"}
         assert value["plan"]["refusals"] == []
         assert taken_over.world.original.power is Power.RUNNING
 

@@ -56,8 +56,10 @@ class TestTheWayHome:
             report = (await coordinator.execute_run(PAIR)).report
         assert report is not None
         assert [(line.replica, line.pass_name) for line in report.disks] == [
-            ("vda", "first_pass"),
-            ("vdb", "first_pass"),
+            ("vda", "pass:1"),
+            ("vdb", "pass:1"),
+            ("vda", "pass:2"),
+            ("vdb", "pass:2"),
             ("vda", "last_pass"),
             ("vdb", "last_pass"),
         ]
@@ -70,7 +72,7 @@ class TestTheWayHome:
         )
         assert report.downtime_s is not None
         assert 0 < report.downtime_s < 200
-        assert {step.step for step in report.steps} >= {"first_pass", "replica_off", "verify", "original_on"}
+        assert {step.step for step in report.steps} >= {"pass:1", "replica_off", "verify", "original_on"}
 
     @pytest.mark.parametrize("kept", list(RestorePoint))
     async def test_commit_releases_the_replica_and_keeps_or_drops_the_restore_point(
@@ -231,14 +233,14 @@ class TestFailures:
             status = await coordinator.pair_status(PAIR)
             assert outcome.state is State.SYNCING
             assert "the link was cut" in outcome.sentence
-            assert any(isinstance(event, StepFailed) and event.step == "first_pass" for event in seen)
-            assert (status.flag.condition, status.step, status.active) == ("torn", "first_pass", False)
+            assert any(isinstance(event, StepFailed) and event.step == "pass:1" for event in seen)
+            assert (status.flag.condition, status.step, status.active) == ("torn", "pass:1", False)
             assert status.last_failure is not None
             assert status.progress is None
             house.world.fault = lambda *_: None
             assert (await coordinator.resume(PAIR)).state is State.FAILBACK
         views = [request.view for _, request in house.world.orders if isinstance(request, OpenView)]
-        assert len(set(views)) == len(views) == 3
+        assert len(set(views)) == len(views) == 4
 
     async def test_cancel_of_a_stopped_run_leaves_a_torn_original_fenced(self, house: House) -> None:
         def broken(_host: str, request: Request, moment: str) -> None:

@@ -68,17 +68,17 @@ def test_entries_come_back_in_order_and_whole(database: Database) -> None:
     record = ViewRecord(view="r1-1", live=True)
     with database.transaction() as connection:
         written = [
-            journal.append(connection, entry("open_first_view", EntryKind.INTENT)),
-            journal.append(connection, entry("open_first_view", EntryKind.DONE, result=record)),
+            journal.append(connection, entry("open_view:1", EntryKind.INTENT)),
+            journal.append(connection, entry("open_view:1", EntryKind.DONE, result=record)),
         ]
     with database.reading() as connection:
         read = journal.entries(connection, "web", "r1")
     assert list(read) == written
     assert read[0].seq < read[1].seq
     log = RunLog(read)
-    assert log.result("open_first_view", ViewRecord) == record
-    assert log.is_done("open_first_view")
-    assert log.attempts("open_first_view") == 1
+    assert log.result("open_view:1", ViewRecord) == record
+    assert log.is_done("open_view:1")
+    assert log.attempts("open_view:1") == 1
 
 
 def test_options_survive_the_journal(database: Database) -> None:
@@ -106,7 +106,7 @@ def test_a_request_to_another_run_is_not_claimed(database: Database) -> None:
 
 
 def test_only_the_latest_progress_is_kept(database: Database) -> None:
-    meter = ProgressMeter(run="r1", step="first_pass", started_s=0.0)
+    meter = ProgressMeter(run="r1", step="pass:1", started_s=0.0)
     with database.transaction() as connection:
         for second in (1, 2):
             disk = DiskProgress(

@@ -1,0 +1,120 @@
+"""When to switch: at once, at a set time, or when a person says so. Pure.
+
+Wall time is compared with the set time and with nothing else; waits are short, so that setting a clock takes effect.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from coordinator.convergence import Decision, Next
+from coordinator.entries import JournalEntry
+from coordinator.model import RunOptions, State, SwitchPolicy
+from coordinator.plain import from_json
+from coordinator.records import SwitchOrder, Waiting
+from coordinator.runlog import RunLog
+
+SWITCH = "switch"
+"""Name of the note, and verb of the request: a person's later word on when to switch."""
+LATE_RETURN = "late_return"
+"""Name of the note that the replica goes back into service because the downtime would be too long."""
+LATEST_S = 15 * 60.0
+"""How late a set time may be and still count."""
+MOST_RETURNS = 2
+"""After so many returns from the switchover only a person switches."""
+
+
+class Trigger(enum.Enum):
+    """What the run waits for."""
+
+    AUTO = "auto"
+    AT = "at"
+    PERSON = "person"
+    NOW = "now"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """The word on when to switch that holds now. `at_s`: of AT; `used`: the set time has been obeyed or missed."""
+
+    trigger: Trigger
+    at_s: float | None = None
+    used: bool = False
+
+
+def order_in_force(options: RunOptions, log: RunLog) -> Order:
+    """The last word of a person, as long as it has not been carried out; before any, that of `start`."""
+    notes: tuple[JournalEntry, ...] = log.notes(SWITCH)
+    switched = log.seq_of_state(State.SWITCHING.value)
+    if notes:
+        last = from_json(notes[-1].result or "", SwitchOrder)
+        used = switched > notes[-1].seq
+        if last.at_s is not None:
+            return Order(trigger=Trigger.AT, at_s=last.at_s, used=used)
+        if not used:
+            return Order(trigger=Trigger.NOW)
+    match options.switch:
+        case SwitchPolicy.AUTO:
+            tired = len(log.notes(LATE_RETURN)) >= MOST_RETURNS
+            return Order(trigger=Trigger.PERSON if tired else Trigger.AUTO)
+        case SwitchPolicy.AT:
+            return Order(trigger=Trigger.AT, at_s=options.switch_at_s, used=switched >= 0)
+        case SwitchPolicy.MANUAL:
+            return Order(trigger=Trigger.PERSON)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether to switch now, or what is waited for; `sentence` of the one or the other."""
+
+    go: bool
+    waiting: Waiting
+
+
+def judge(order: Order, decision: Decision, *, wall_s: float, pair: str) -> Verdict:
+    """Whether to switch now.
+
+    Args:
+        order: the word that holds.
+        decision: what followed the latest round; a person's word goes above it.
+        wall_s: seconds since 1970.
+        pair: for the sentences.
+    """
+    if order.trigger is Trigger.NOW:
+        return _go("a person asked for it")
+    if decision.next is not Next.READY:
+        return _wait(decision.key, decision.sentence)
+    by_hand = f"`failback switch {pair}` switches"
+    if order.trigger is Trigger.AUTO:
+        return _go(decision.sentence)
+    if order.trigger is Trigger.PERSON or order.at_s is None:
+        return _wait("person", f"waits for a person: {by_hand}")
+    late_s = wall_s - order.at_s
+    when = moment(order.at_s)
+    if order.used:
+        return _wait("used", f"the set time {when} was obeyed once and the replica serves again: {by_hand}")
+    if late_s < 0:
+        return _wait(f"at {order.at_s}", f"waits for {when} (`failback switch {pair} --at TIME` changes it)")
+    if late_s <= LATEST_S:
+        return _go(f"the set time {when} has come")
+    return _wait(
+        "missed",
+        f"the set time {when} passed more than {LATEST_S / 60:.0f} minutes ago while the run was not ready: {by_hand}, "
+        f"`failback switch {pair} --at TIME` sets another time",
+    )
+
+
+def moment(at_s: float) -> str:
+    """Wall time with its zone, to the minute (seconds where there are any)."""
+    local = datetime.fromtimestamp(at_s, UTC).astimezone()
+    return local.strftime("%Y-%m-%d %H:%M:%S %Z" if local.second else "%Y-%m-%d %H:%M %Z")
+
+
+def _go(sentence: str) -> Verdict:
+    return Verdict(go=True, waiting=Waiting(key="go", sentence=sentence))
+
+
+def _wait(key: str, sentence: str) -> Verdict:
+    return Verdict(go=False, waiting=Waiting(key=key, sentence=sentence))
