@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -30,6 +30,7 @@ from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
 from coordinator.runlog import RunLog
+from coordinator.samples import take_samples
 from coordinator.states import TABLE, Verb, check_verb
 from coordinator.status import PairStatus, UndoForecast, forecast, read_status
 from coordinator.store import Store
@@ -138,12 +139,14 @@ class Coordinator:
         """The pair of that name; `UsageError` when there is none."""
         return await self._db.read(lambda connection: registry.get_pair(connection, pair))
 
-    async def findings(self, pair: str) -> Findings:
-        """What `coordinator.plan.make_plan` needs, asked of both agents now."""
+    async def findings(self, pair: str, *, sampled: bool = False) -> Findings:
+        """What `coordinator.plan.make_plan` needs, asked of both agents now; `sampled`: with samples of the disks."""
         found = await self.get_pair(pair)
         since_s = failover_since(await self.history(pair)) if found.state is State.FAILOVER else None
-        since = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if since_s is not None else None
-        return await survey(self.agents, found, failover_since=since)
+        findings = await survey(self.agents, found, self.clock, failover_s=since_s)
+        if not sampled:
+            return findings
+        return replace(findings, samples=await take_samples(self.agents, found, seed=int(self.tokens(8), 16)))
 
     # --- a run --------------------------------------------------------------------------------------------------
 

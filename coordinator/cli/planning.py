@@ -39,6 +39,11 @@ _OPTIONS = (
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
     ),
     click.option(
+        "--discard-divergence",
+        is_flag=True,
+        help="Go on though the original was written to after the failover; that is lost. --yes does not imply it.",
+    ),
+    click.option(
         "--verify",
         type=click.Choice(["written", "full"]),
         default="written",
@@ -77,6 +82,7 @@ def chosen_options(
     shutdown_timeout_s: float,
     shutdown_policy: str,
     allow_larger_target: bool,
+    discard_divergence: bool,
     verify: str,
     audit: bool,
     limit_network: Rate | None,
@@ -89,16 +95,17 @@ def chosen_options(
         shutdown_timeout_s=shutdown_timeout_s,
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
+        discard_divergence=discard_divergence,
         verify_full=verify == "full",
         audit=audit,
         limits=RunLimits().changed(limit_network, limit_read),
     )
 
 
-async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions) -> Plan:
-    """Ask both agents and make the plan; changes nothing."""
+async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions, *, estimate: bool = True) -> Plan:
+    """Ask both agents and make the plan; changes nothing. `estimate`: sample the disks, which takes some seconds."""
     known = await coordinator.get_pair(pair)
-    return make_plan(known, await coordinator.findings(pair), options)
+    return make_plan(known, await coordinator.findings(pair, sampled=estimate), options)
 
 
 def refused(plan: Plan) -> Refused:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from coordinator.audit import AuditState, differences
 from coordinator.cli import human
+from coordinator.cli.cost_view import show_costs
 from coordinator.cli.output import Output, facts, table
 from coordinator.cli.run_view import bars, progress_line
 from coordinator.entries import EntryKind, JournalEntry, Phase
@@ -42,6 +43,7 @@ def show_plan(output: Output, plan: Plan) -> None:
         output.show(disks)
         for reason, targets in _by_reason((disk.why_not_higher, disk.original) for disk in plan.disks):
             output.say(f"No higher rung for {targets}: {reason}.")
+    show_costs(output, plan)
     if plan.notes:
         output.say()
     for note in plan.notes:

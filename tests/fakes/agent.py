@@ -70,6 +70,7 @@ from protocol.messages import (
 )
 from tests.fakes.checks import FakeMaps
 from tests.fakes.records import FakeView, SourceRecords, TargetRecords
+from tests.fakes.samples import FakeSamples
 
 Content = dict[str, bytes]
 """What the disks hold, by target."""
@@ -146,6 +147,7 @@ class World:
         self.passes: dict[str, _Meeting] = {}
         self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
         self.maps = FakeMaps()
+        self.samples = FakeSamples()
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
 
     # --- what tests look at ---------------------------------------------------------------------------------------
@@ -232,7 +234,9 @@ class World:
                 vm = self.vm(request.vm_uuid, host)
                 told = self.proofs.answer(request.targets, vm.disks, held=vm.fence is not None)
                 return Evidence(disks=self.maps.told(told))
-            case AskEvidence() | SampleBlocks():
+            case SampleBlocks():
+                return self.samples.answer(host, request)
+            case AskEvidence():
                 raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
             case DropCheckpoints() | ReadTracking() | EndTracking() if not self.knows_evidence:
                 raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")

@@ -61,7 +61,7 @@ class TestPlanAndRefusals:
         result = taken_over("plan", PAIR)
         assert result.exit_code == 0
         assert "first pass while the replica web on dr serves" in result.stdout
-        assert "no dirty bitmap and no digest map is kept" in result.stdout
+        assert "no dirty bitmap and no digest map of the original" in result.stdout
         assert "failback start web" in result.stdout
         assert taken_over.world.orders == []
         plan = taken_over.json("plan", PAIR)["plan"]
