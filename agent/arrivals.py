@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import trio
 
 from agent.sync.buffers import Windows
-from agent.sync.target import TargetPass
+from agent.sync.conversation import Wire
 from agent.threads import Threads
 from protocol.bulk import BulkSocket
 from protocol.errors import ConnectionLost
@@ -19,6 +20,13 @@ from protocol.messages import BulkHello
 AHEAD_BYTES = 1 << 30
 """Data that may be asked about ahead of the answers on one connection: never what holds a source back, which has less
 memory than that, and a bound for the questions that wait here."""
+
+
+class Joinable(Protocol):
+    """A pass over one disk that is under way."""
+
+    def join(self, wire: Wire) -> None:
+        """One more connection of the disk, welcomed already."""
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Arrivals:
             lambda: connection.welcome(window_bytes=window_bytes, ahead_bytes=AHEAD_BYTES, lanes=MAX_LANES)
         )
 
-    async def let_join(self, target: TargetPass) -> None:
+    async def let_join(self, target: Joinable) -> None:
         """Let further connections of the disk take part in its pass."""
         while True:
             connection, hello = await self.waiting.receive()

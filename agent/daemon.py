@@ -27,6 +27,7 @@ from agent.config import DEFAULT_PATH, Config, load
 from agent.errors import AgentError, ConfigError, HypervisorError
 from agent.ledger import Ledger
 from agent.service import SOFTWARE, AgentService, failure_of
+from agent.sync.buffers import received_memory
 from agent.sync.conversation import Unforeseen
 from agent.virt.libvirt_host import LibvirtHost
 from protocol.bulk import accept_bulk
@@ -212,7 +213,9 @@ async def _accept_bulk(service: AgentService, listener: trio.SocketListener, con
     async def one(raw: socket.socket) -> None:
         try:
             connection, hello = await service.threads.connecting(
-                lambda: accept_bulk(raw, context), lambda made: made[0].close(), arriving
+                lambda: accept_bulk(raw, context, allocate=received_memory.allocate),
+                lambda made: made[0].close(),
+                arriving,
             )
             await service.passes.arrive(connection, hello)
         except ProtocolError as error:

@@ -18,8 +18,10 @@ from agent.arrivals import Arrivals, hang_up
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
 from agent.sync.buffers import TARGET_BUFFER_BYTES, TARGET_BUFFERS, BufferPool, Windows
+from agent.sync.comparing import ComparingSource, ComparingTarget, comparing_target, comparing_tuning
 from agent.sync.conversation import Conversation, Lane, accompanied, side_by_side
 from agent.sync.meter import Meter
+from agent.sync.pass_map import PassMap
 from agent.sync.rate import Limits
 from agent.sync.source import SourcePass
 from agent.sync.target import TargetPass
@@ -37,6 +39,7 @@ from protocol.messages import (
     Grant,
     GrantedDisk,
     Order,
+    PassKind,
     PassProgress,
     PassVerified,
 )
@@ -83,6 +86,11 @@ class Session:
         if self.grant.direction is Direction.RECEIVE:
             for disk in self.grant.disks:
                 self.arrivals[disk.target], self.waiting[disk.target] = trio.open_memory_channel(MAX_LANES)
+
+    @property
+    def seeds(self) -> dict[str, int | None]:
+        """The seed that each disk's digests were granted with, None where the source chooses."""
+        return {disk.target: disk.digest_seed for disk in self.grant.disks}
 
     def close(self) -> None:
         """Hang up on connections that came and were never taken."""
@@ -132,6 +140,11 @@ class PassDesk:
         """Whether a pass of the pair runs here."""
         session = self._sessions.get(pair)
         return session is not None and session.claimed
+
+    def is_writing(self, pair: str) -> bool:
+        """Whether one does that may write; one that only compares does not."""
+        session = self._sessions.get(pair)
+        return session is not None and session.claimed and session.grant.kind is PassKind.SYNC
 
     def limit(self, pair: str, network_bytes_per_s: int | None, read_bytes_per_s: int | None) -> None:
         """Other limits for the pair's pass, from now on; harmless when there is none.
@@ -192,6 +205,10 @@ class PassDesk:
                 continue
             if connection.peer.fingerprint != session.grant.peer_fingerprint:
                 break
+            if session.seeds[hello.target] not in (None, hello.digest_seed):
+                sentence = f"the digests of disk {hello.target} were granted with the seed of its digest map"
+                await self.threads.on_network(partial(connection.refuse, "forbidden", sentence))
+                return
             try:
                 channel.send_nowait((connection, hello))
             except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -206,10 +223,11 @@ class PassDesk:
         self,
         session: Session,
         disks: dict[str, Disk],
+        maps: dict[str, PassMap],
         before_first_write: Callable[[], Awaitable[None]],
         progress: Progress,
     ) -> tuple[DiskReport, ...]:
-        """Carry out a granted RECEIVE pass on opened targets, by target name."""
+        """Carry out a granted RECEIVE pass on opened targets and their digest maps, by target name."""
 
         session.idle_since = trio.current_time()
 
@@ -220,17 +238,33 @@ class PassDesk:
             arrived = Arrivals(self.threads, self.windows, waiting, granted.target, hello.digest_seed)
             try:
                 await arrived.welcome(first)
-                target = TargetPass(
-                    disk=disks[granted.target],
-                    source_size_bytes=granted.source_size_bytes,
-                    target_size_bytes=granted.target_size_bytes,
-                    talk=Conversation(granted.target, self.threads, [Lane(first)]),
-                    seed=hello.digest_seed,
-                    buffers=self.scratch,
-                    limits=session.limits,
-                    before_first_write=before_first_write,
-                    meter=meter,
-                )
+                talk = Conversation(granted.target, self.threads, [Lane(first)])
+                disk, digest_map = disks.get(granted.target), maps.get(granted.target)
+                target: TargetPass | ComparingTarget
+                if session.grant.kind is PassKind.SYNC:
+                    assert disk is not None  # opened, or the pass had not begun
+                    target = TargetPass(
+                        disk=disk,
+                        source_size_bytes=granted.source_size_bytes,
+                        target_size_bytes=granted.target_size_bytes,
+                        talk=talk,
+                        seed=hello.digest_seed,
+                        buffers=self.scratch,
+                        limits=session.limits,
+                        before_first_write=before_first_write,
+                        meter=meter,
+                        digest_map=digest_map,
+                    )
+                else:
+                    target = comparing_target(
+                        disk or digest_map,
+                        granted.source_size_bytes,
+                        talk,
+                        hello.digest_seed,
+                        buffers=self.scratch,
+                        limits=session.limits,
+                        meter=meter,
+                    )
                 await accompanied(target.run, partial(arrived.let_join, target))
             finally:
                 session.working -= 1
@@ -261,9 +295,12 @@ class PassDesk:
     async def _send_disk(
         self, session: Session, granted: GrantedDisk, disk: Disk, meter: Meter, connect: Connect
     ) -> PassVerified:
-        seed = secrets.randbits(64)
+        seed = secrets.randbits(64) if granted.digest_seed is None else granted.digest_seed
+        compares = session.grant.kind is not PassKind.SYNC
         connections: list[BulkSocket] = []
-        tuning = self.tunings.begin(session.grant.vm_uuid, granted.target, session.limits.network.bytes_per_s)
+        limit = session.limits.network.bytes_per_s
+        begin = partial(self.tunings.begin, session.grant.vm_uuid, granted.target, limit)
+        tuning = comparing_tuning() if compares else begin()
         try:
             welcomes = [await self._connect(connections, granted, seed, connect)]
             wanted = lanes_wanted(connections[0].link().rtt_s or 0.0, cores(), welcomes[0].lanes)
@@ -271,7 +308,7 @@ class PassDesk:
                 welcomes.append(await self._connect(connections, granted, seed, connect))
             tuning.window_bytes = min(welcome.window_bytes for welcome in welcomes)
             meter.lanes = len(connections)
-            verified = await SourcePass(
+            verified = await (ComparingSource if compares else SourcePass)(
                 disk=disk,
                 size_bytes=granted.source_size_bytes,
                 talk=Conversation(granted.target, self.threads, [Lane(connection) for connection in connections]),
@@ -282,7 +319,8 @@ class PassDesk:
                 tuning=tuning,
                 meter=meter,
             ).run()
-            self.tunings.end(session.grant.vm_uuid, granted.target, tuning)
+            if not compares:
+                self.tunings.end(session.grant.vm_uuid, granted.target, tuning)
             return verified
         finally:
             for connection in connections:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
@@ -14,11 +14,13 @@ from agent.disk.seam import Disk
 from agent.errors import DiskError, SyncError
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
+from agent.maps import MapDesk
 from agent.passes import Connect, PassDesk, Progress, Session, set_limits
 from agent.sources import ViewDesk
+from agent.sync.pass_map import PassMap
 from agent.threads import Threads
 from protocol.bulk import BulkSocket, connect_bulk
-from protocol.messages import BulkWelcome, Direction, DiskReport, GrantedDisk, PassReport, RunPass
+from protocol.messages import BulkWelcome, Direction, DiskReport, GrantedDisk, PassKind, PassReport, RunPass
 
 
 class ViewLost(SyncError):
@@ -37,6 +39,7 @@ class PassRunner:
     threads: Threads
     client_context: ssl.SSLContext
     runtime_dir: Path
+    maps: MapDesk
     _verified: dict[str, str] = field(default_factory=dict)
 
     async def run(self, request: RunPass, session: Session, progress: Progress) -> PassReport:
@@ -51,8 +54,10 @@ class PassRunner:
                 set_limits(session.limits, request.limit_network, request.limit_read)
             if session.grant.direction is Direction.SEND:
                 reports = await self._send(request, session, progress)
-            else:
+            elif session.grant.kind is PassKind.SYNC:
                 reports = await self._receive(session, progress)
+            else:
+                reports = await self._compare(session, progress)
         return PassReport(view=session.grant.view, elapsed_s=trio.current_time() - started, disks=reports)
 
     def has_verified(self, vm_uuid: str, view: str) -> bool:
@@ -79,16 +84,65 @@ class PassRunner:
         uuid = session.grant.vm_uuid
         self._verified.pop(uuid, None)
         opened: dict[str, Disk] = {}
+        maps: dict[str, PassMap] = {}
+        view: str | None = None
         try:
-            await self.threads.on_disk(lambda: self._open_targets(session, opened))
-            self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
-            reports = await self.passes.receive(session, opened, self._marker(session), progress)
-        except BaseException:
-            await self._close(opened, complain=False)
-            raise
-        await self._close(opened, complain=True)
+            try:
+                await self.threads.on_disk(lambda: self._open_targets(session, opened))
+                self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
+                why = await self.threads.on_disk(lambda: self._open_maps(session, maps))
+                reports = await self.passes.receive(session, opened, maps, self._marker(session), progress)
+            except BaseException:
+                await self._close(opened, complain=False)
+                raise
+            await self._close(opened, complain=True)
+            view = session.grant.view
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.threads.on_disk(lambda: self._put_away(uuid, maps, view))
         self._verified[uuid] = session.grant.view
-        return reports
+        return tuple(replace(r, why_not_higher=why.get(r.target, r.why_not_higher)) for r in reports)
+
+    def _open_maps(self, session: Session, maps: dict[str, PassMap]) -> dict[str, str]:
+        """The digest maps of the disks that are about to be written; for the others, why there is none."""
+        why: dict[str, str] = {}
+        for granted in session.grant.disks:
+            digest_map, sentence = self.maps.begin(session.grant.vm_uuid, granted)
+            if digest_map is not None:
+                maps[granted.target] = digest_map
+            elif granted.digest_seed is not None:
+                why[granted.target] = sentence
+        return why
+
+    def _put_away(self, vm_uuid: str, maps: dict[str, PassMap], view: str | None) -> None:
+        """The disks are closed: what their maps know holds for what they are now."""
+        for target, digest_map in maps.items():
+            self.maps.end(vm_uuid, target, digest_map, view=view)
+
+    async def _compare(self, session: Session, progress: Progress) -> tuple[DiskReport, ...]:
+        """An audit opens no disk: the original may be running. A verification reads the fenced disks."""
+        grant = session.grant
+        opened: dict[str, Disk] = {}
+        maps: dict[str, PassMap] = {}
+
+        def open_all() -> None:
+            if grant.kind is PassKind.VERIFY:
+                self._open_targets(session, opened)
+                return
+            for granted in grant.disks:
+                maps[granted.target] = self.maps.for_audit(grant.vm_uuid, granted, grant.view)
+
+        async def nothing_is_written() -> None:
+            raise SyncError(f"the pass {grant.view} only compares, and something was about to be written")
+
+        try:
+            await self.threads.on_disk(open_all)
+            self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in grant.disks if opened})
+            return await self.passes.receive(session, opened, maps, nothing_is_written, progress)
+        finally:
+            for digest_map in maps.values():
+                digest_map.close()
+            await self._close(opened, complain=False)
 
     async def _close(self, opened: dict[str, Disk], *, complain: bool) -> None:
         """Close every disk, whatever the others say; then, if `complain`, raise what the first said."""

@@ -24,6 +24,7 @@ from agent.disk.lock import image_in_use
 from agent.errors import AgentError, Forbidden, HypervisorError
 from agent.fences import Fenced, FenceKeeper, Torn
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
+from agent.maps import MapDesk
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
 from agent.sampling import sample_disk
@@ -39,6 +40,7 @@ from protocol.messages import (
     CloseView,
     DescribeHost,
     Done,
+    Evidence,
     Failure,
     FenceDescription,
     FenceVm,
@@ -63,6 +65,7 @@ from protocol.messages import (
     SetCondition,
     SetLimits,
     Side,
+    TargetEvidence,
     Unprotect,
     ViewedDisk,
     ViewOpened,
@@ -93,10 +96,17 @@ class AgentService:
 
     def __post_init__(self) -> None:
         self.fences = FenceKeeper(self.ledger, self.hypervisor)
+        self.maps = MapDesk(self.config.state_dir, self.fences)
         self.passes = PassDesk(self.threads)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir)
         self.runner = PassRunner(
-            self.passes, self.views, self.fences, self.threads, self.client_context, self.config.runtime_dir
+            self.passes,
+            self.views,
+            self.fences,
+            self.threads,
+            self.client_context,
+            self.config.runtime_dir,
+            self.maps,
         )
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
@@ -115,12 +125,12 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
+            case AskEvidence():
+                return await self._ask_evidence(request)
             case SampleBlocks():
                 return await self.threads.on_disk(
                     lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)
                 )
-            case AskEvidence():
-                raise Forbidden(f"this agent does not answer the question {type(request).__name__}")
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
                 structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
@@ -242,6 +252,23 @@ class AgentService:
                 busy.append(disk.target)
         return tuple(busy)
 
+    async def _ask_evidence(self, request: AskEvidence) -> Evidence:
+        def ask() -> Evidence:
+            return Evidence(disks=tuple(self._evidence(request.vm_uuid, target) for target in request.targets))
+
+        return await self.threads.on_disk(ask)
+
+    def _evidence(self, vm_uuid: str, target: str) -> TargetEvidence:
+        told = self.maps.told(vm_uuid, target)
+        return TargetEvidence(
+            target=target,
+            equals=None,
+            why_not="this agent keeps no record of the views that a disk equals",
+            map_seed=told.seed,
+            map_known_bytes=told.known_bytes,
+            why_no_map=told.why_not,
+        )
+
     # --- power ----------------------------------------------------------------------------------------------------
 
     async def _power_off(self, request: PowerOff) -> PoweredOff:
@@ -291,7 +318,7 @@ class AgentService:
         uuid, condition = request.vm_uuid, DiskCondition(request.condition.value)
         view = request.view if condition is DiskCondition.EQUALS_VIEW else None
         record = ConditionRecord(vm_uuid=uuid, condition=condition, view=view)
-        if condition is not DiskCondition.TORN and self.passes.is_running(request.order.pair):
+        if condition is not DiskCondition.TORN and self.passes.is_writing(request.order.pair):
             raise Torn(f"a pass of the pair {request.order.pair} is still writing: let it end first")
 
         def put() -> None:

@@ -24,7 +24,13 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SAMPLES_PER_S = 200
 TOP = 25
 OURS = ("agent/", "protocol/", "bench/")
-IDLE = ("WorkerThread._work ", "EpollIOManager.get_events ", "virEventRunDefaultImpl ")
+IDLE = (
+    "WorkerThread._work ",
+    "EpollIOManager.get_events ",
+    "virEventRunDefaultImpl ",
+    "_worker (concurrent/futures/thread.py",
+    "TlsSocket._wait ",
+)
 """Innermost frames of threads that have nothing to do. py-spy takes them for busy where it may not see system calls."""
 
 

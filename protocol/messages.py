@@ -304,9 +304,10 @@ class TargetEvidence:
         equals: the view that it equals, or from which a pass that was limited to what had changed since then left it
             torn; None where nothing proves any. Proven by the lock held ever since, or by an unchanged file.
         why_not: a sentence, where `equals` is None.
-        map_seed: the seed of its digest map, to be used for the digests of the next pass; None: it keeps no usable one.
+        map_seed: the seed of its digest map, to be used for the digests of the next pass and of an audit; that of a map
+            to be made where there is none yet; None: it keeps no maps.
         map_known_bytes: how much of the disk the map knows.
-        why_no_map: a sentence, where `map_seed` is None.
+        why_no_map: a sentence, where that is nothing.
     """
 
     target: str

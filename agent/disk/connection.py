@@ -102,6 +102,15 @@ class Connection:
         self.finish([self.handle.aio_block_status(length_bytes, offset_bytes, on_extents)])
         return told
 
+    def pread_once(self, offset_bytes: int, length_bytes: int) -> None:
+        """Read in one request whatever its size, and drop what was read. Raises as `finish`."""
+        memory = memoryview(bytearray(length_bytes))
+        try:
+            cookie = self.handle.aio_pread(nbd.Buffer.from_buffer(memory), offset_bytes)
+        except nbd.Error as error:
+            raise ConnectionBroken(error.errnum, error.string) from error
+        self.finish([cookie])
+
     def close(self) -> None:
         """Say goodbye if the server listens, and drop the connection."""
         self._given_up = lambda: False

@@ -2,23 +2,26 @@
 
 Much of a pass is reading and comparing, and a target that turns out to be equal is never written at all. Until
 something is written the image is closed, and its cluster map holds. The first write waits for every read that still
-goes by the map, and starts the qemu-nbd; the map is never used again.
+goes by the map, and starts the qemu-nbd; the map is never used again. Where the page cache holds the image, a second
+qemu-nbd then reads from it what was not written (`agent.disk.beside`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
+from agent.disk.beside import ReaderBeside, is_cached
 from agent.disk.gate import Gate
 from agent.disk.lock import HeldImage
 from agent.disk.mapped import MappedDisk
 from agent.disk.qemu_nbd import CONNECTIONS
 from agent.disk.runs import Run
 from agent.disk.seam import Disk, Extent
+from agent.errors import DiskError
 
 _EXTENTS_AT_ONCE = 1024
 
@@ -26,20 +29,32 @@ _EXTENTS_AT_ONCE = 1024
 class TargetImage:
     """A `Disk` for writing; open it with `TargetImage.open`."""
 
-    def __init__(self, gate: Gate, held: HeldImage, serve: Callable[[], Disk]) -> None:
+    def __init__(
+        self, gate: Gate, held: HeldImage, serve: Callable[[], Disk], serve_cached: Callable[[], Disk]
+    ) -> None:
         self._gate = gate
         self._held = held
         self._serve = serve
+        self._serve_cached = serve_cached
         self._changed = threading.Condition()
         self._readers = 0
         self._switching = False
         self._mapped: MappedDisk | None = None
         self._starting = threading.Lock()
         self._served: Disk | None = None
+        self._beside: ReaderBeside | None = None
         self._past_cache = False
 
     @classmethod
-    def open(cls, name: str, path: Path, image_format: str, held: HeldImage, serve: Callable[[], Disk]) -> TargetImage:
+    def open(
+        cls,
+        name: str,
+        path: Path,
+        image_format: str,
+        held: HeldImage,
+        serve: Callable[[], Disk],
+        serve_cached: Callable[[], Disk],
+    ) -> TargetImage:
         """Open a closed image.
 
         Args:
@@ -48,12 +63,13 @@ class TargetImage:
             image_format: QEMU's name of the format.
             held: its exclusive lock; owned by the disk if it comes about, and held until its last writer is gone.
             serve: starts the qemu-nbd that writes the image under that lock, and connects to it.
+            serve_cached: starts one that only reads, through the page cache, and connects to it.
 
         Raises:
             NotMapped: it may not be read by its map.
         """
         gate = Gate(name, str(path), 0, writable=True)
-        target = cls(gate, held, serve)
+        target = cls(gate, held, serve, serve_cached)
         mapped = MappedDisk.open(name, path, image_format, target._server, held=held, idle=False)
         gate.size_bytes = mapped.size_bytes
         target._mapped = mapped
@@ -71,7 +87,9 @@ class TargetImage:
     @property
     def access(self) -> str:
         mapped = self._mapped
-        return "NBD (since the first write)" if mapped is None else mapped.access
+        if mapped is not None:
+            return mapped.access
+        return "NBD (since the first write)" if self._beside is None else "NBD (since the first write; cached)"
 
     @property
     def readers(self) -> int:
@@ -115,8 +133,14 @@ class TargetImage:
             self._switching = True
             self._changed.wait_for(lambda: self._readers == 0)
         try:
-            served = self._server()  # a failure changes nothing: the map still holds
-            self._mapped = None
+            beside = self._reader_beside()  # before anything is written, so that what it opens is whole
+            try:
+                served = self._server()  # a failure changes nothing: the map still holds
+            except BaseException:
+                if beside is not None:
+                    beside.close()
+                raise
+            self._beside, self._mapped = beside, None
         finally:
             with self._changed:
                 self._switching = False
@@ -124,13 +148,38 @@ class TargetImage:
         mapped.close()
         return served
 
+    def _reader_beside(self) -> ReaderBeside | None:
+        """A cached reader, where that is faster than the server: it reads past the cache, and the cache holds the
+        image. None where it does not come about: the server reads all the same."""
+        if not (self._past_cache and self._held.is_named() and is_cached(self._held.path)):
+            return None
+        try:
+            return ReaderBeside(self._serve_cached())
+        except DiskError:
+            return None
+
+    def _read_cached(self, runs: Sequence[Run], buffer: memoryview) -> bool:
+        beside = self._beside
+        return beside is not None and beside.read_runs(runs, buffer)
+
+    def _writing_to(self, runs: Sequence[Run]) -> Disk:
+        """The disk to write these runs to; the cached reader is not asked for them from now on."""
+        served = self._writing()
+        if self._beside is not None:
+            self._beside.wrote(runs)
+        return served
+
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        with self._gate.request("reading", offset_bytes, buffer.nbytes), self._reading() as disk:
-            disk.read_into(offset_bytes, buffer)
+        with self._gate.request("reading", offset_bytes, buffer.nbytes):
+            if not self._read_cached([(offset_bytes, buffer.nbytes)], buffer):
+                with self._reading() as disk:
+                    disk.read_into(offset_bytes, buffer)
 
     def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
-        with self._gate.batch("reading", runs, buffer.nbytes), self._reading() as disk:
-            disk.read_runs(runs, buffer)
+        with self._gate.batch("reading", runs, buffer.nbytes):
+            if not self._read_cached(runs, buffer):
+                with self._reading() as disk:
+                    disk.read_runs(runs, buffer)
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes), self._reading() as disk:
@@ -142,15 +191,15 @@ class TargetImage:
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         with self._gate.request("writing", offset_bytes, data.nbytes, writes=True):
-            self._writing().write(offset_bytes, data)
+            self._writing_to([(offset_bytes, data.nbytes)]).write(offset_bytes, data)
 
     def write_runs(self, runs: Sequence[Run], data: memoryview) -> None:
         with self._gate.batch("writing", runs, data.nbytes, writes=True):
-            self._writing().write_runs(runs, data)
+            self._writing_to(runs).write_runs(runs, data)
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         with self._gate.request("zeroing", offset_bytes, length_bytes, writes=True):
-            self._writing().write_zeroes(offset_bytes, length_bytes)
+            self._writing_to([(offset_bytes, length_bytes)]).write_zeroes(offset_bytes, length_bytes)
 
     def flush(self) -> None:
         with self._gate.request("flushing", 0, 0, writes=True):
@@ -183,12 +232,8 @@ class TargetImage:
 
     def close(self) -> None:
         if self._gate.close():
-            try:
-                if self._mapped is not None:
-                    self._mapped.close()
-            finally:
-                try:
-                    if self._served is not None:
-                        self._served.close()
-                finally:
-                    self._held.close()
+            with ExitStack() as closing:  # each in any case; the lock is let go of last
+                closing.callback(self._held.close)
+                for disk in (self._served, self._mapped, self._beside):
+                    if disk is not None:
+                        closing.callback(disk.close)

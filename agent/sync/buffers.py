@@ -7,10 +7,15 @@ to each other could each wait for the other's answer with no buffer left to give
 from __future__ import annotations
 
 import mmap
+import weakref
+from collections import deque
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from agent.delta.blocks import BATCH_BYTES
+from protocol import limits
 
 SOURCE_BUFFERS = 5
 """Batches of a host that are sent, in memory at once. At 16 MiB each: two being read, one asked about, one packed, one
@@ -77,3 +82,48 @@ class Windows:
     def give_back(self, window_bytes: int) -> None:
         """The connection is over."""
         self._free_bytes += window_bytes
+
+
+KEPT_PIECES = 6
+"""Idle pieces of memory that are kept: what two writers hold, what is received, and some that wait to be written. One
+that once held the largest payload has that much resident, so 54 MiB at most lie idle."""
+LEAST_REUSED_BYTES = 256 << 10
+"""What is smaller comes from the allocator, which keeps such memory by itself."""
+
+
+class ReusedMemory:
+    """Memory for large payloads that is used again: fresh memory costs more than what is received into it.
+
+    Nobody gives anything back: memory is free again when the last view of it is gone, on whatever path. So it may be
+    held for as long as one likes, and from any thread.
+
+    Args:
+        piece_bytes: the largest request that is served with memory that is used again.
+        kept: how many pieces may lie idle.
+    """
+
+    def __init__(self, piece_bytes: int = limits.BULK.payload_bytes, kept: int = KEPT_PIECES) -> None:
+        self._piece_bytes = piece_bytes
+        self._idle: deque[NDArray[np.uint8]] = deque(maxlen=kept)  # whose append and pop need no lock
+
+    @property
+    def idle(self) -> int:
+        """How many pieces wait to be used again."""
+        return len(self._idle)
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """Writable memory of that many bytes, whatever they are."""
+        if not LEAST_REUSED_BYTES <= size_bytes <= self._piece_bytes:
+            return memoryview(bytearray(size_bytes))
+        try:
+            piece = self._idle.pop()  # the last one is still in the caches
+        except IndexError:
+            piece = np.frombuffer(mmap.mmap(-1, self._piece_bytes), dtype=np.uint8)
+        lent = piece[:size_bytes]
+        # Each memoryview and array made of it refers to it, so it dies with the last of them.
+        weakref.finalize(lent, self._idle.append, piece).atexit = False
+        return lent.data
+
+
+received_memory = ReusedMemory()
+"""The host's, for block data as it arrives."""

@@ -12,6 +12,7 @@ from agent.delta.blocks import Ranges, as_runs, split, total_bytes
 from agent.delta.compare import Answer, Held, Mask, answer, groups, joined, same
 from agent.delta.digests import DIGEST_BYTES, Digests, block_digests, digests_from_wire, superblock_digests
 from agent.disk.seam import Disk
+from agent.sync.pass_map import PassMap
 from agent.sync.payloads import Question
 
 STEP_BYTES = 4 << 20
@@ -71,8 +72,11 @@ def _steps(data: Ranges, step_bytes: int) -> Iterator[list[tuple[int, int]]]:
         yield runs[start:end]
 
 
-def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int) -> tuple[Answer, int]:
-    """The target's side: what differs, and how many bytes were read for it; what is known to be zero is not read.
+def answer_span(
+    disk: Disk, question: Question, buffer: memoryview, *, seed: int, digest_map: PassMap | None = None
+) -> tuple[Answer, int]:
+    """The target's side: what differs, and how many bytes were read for it; what is known to be zero is not read. The
+    map, if there is one, learns what is read.
 
     Raises:
         DiskError: as the disk says.
@@ -83,12 +87,17 @@ def answer_span(disk: Disk, question: Question, buffer: memoryview, *, seed: int
     theirs = question.digests.tobytes()
     answers: list[Answer] = []
     read_bytes = 0
+    if digest_map is not None and not is_data.all():
+        digest_map.enter_zeroes(as_runs(superblocks[~is_data]))
     for start, end in groups(superblocks[:, 1], max(min(STEP_BYTES, buffer.nbytes), message.superblock_bytes)):
         runs = _merged(compress(pieces[start:end], is_data[start:end].tolist()))
         part = buffer[: sum(length for _, length in runs)]
         disk.read_runs(runs, part)
         read_bytes += part.nbytes
-        digests = superblock_digests(runs, _blocks(runs, part, seed), message.superblock_bytes, seed=seed)
+        blocks = _blocks(runs, part, seed)
+        if digest_map is not None and blocks:
+            digest_map.enter(runs, blocks)
+        digests = superblock_digests(runs, blocks, message.superblock_bytes, seed=seed)
         ours = b"".join(digests)
         # Where all is the same, one comparison of bytes tells; the arithmetic is for where it is not.
         if len(digests) == end - start and ours == theirs[start * DIGEST_BYTES : end * DIGEST_BYTES]:

@@ -20,7 +20,7 @@ from agent.delta.compare import Held, Portion, portions
 from agent.delta.digests import digests_to_wire
 from agent.delta.granularity import Seen
 from agent.delta.pack import Packed
-from agent.disk.seam import Disk
+from agent.disk.seam import Disk, Extent
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane
@@ -95,7 +95,7 @@ class SourcePass:
     # --- planning -------------------------------------------------------------------------------------------------
 
     async def _plan(self) -> None:
-        plan = plan_spans(self.disk.extents(0, self.size_bytes), self.size_bytes, batch_bytes=self._batch_bytes)
+        plan = plan_spans(self._extents(), self.size_bytes, batch_bytes=self._batch_bytes)
         while spans := await self.talk.threads.on_disk(lambda: list(islice(plan, PLANNED_AT_ONCE))):
             for span in spans:
                 await self._begin(span)
@@ -109,6 +109,9 @@ class SourcePass:
                 compared_bytes=books.compared_bytes,
             )
             await self.talk.send(lane, end)
+
+    def _extents(self) -> Iterator[Extent]:
+        return self.disk.extents(0, self.size_bytes)
 
     def _batch_bytes(self) -> int:
         """Data of the next span: no more than may be asked about at once. Under a limit about what may be read in a

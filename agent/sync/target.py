@@ -19,8 +19,9 @@ from agent.disk.seam import Disk
 from agent.errors import SyncError
 from agent.sync.buffers import BufferPool
 from agent.sync.conversation import Conversation, Lane, Wire
-from agent.sync.hashing import answer_span
+from agent.sync.map_answers import answer_with_map
 from agent.sync.meter import Meter
+from agent.sync.pass_map import PassMap
 from agent.sync.payloads import (
     Allowed,
     Coverage,
@@ -71,6 +72,7 @@ class TargetPass:
         buffers: the host's for what is received.
         limits: what may be read in a second.
         before_first_write: awaited once before anything is written: marks the original torn.
+        digest_map: what the disk's blocks hold, as far as it is known; of this pass's seed.
     """
 
     disk: Disk
@@ -82,6 +84,7 @@ class TargetPass:
     limits: Limits
     before_first_write: Callable[[], Awaitable[None]]
     meter: Meter
+    digest_map: PassMap | None = None
 
     def __post_init__(self) -> None:
         self._readers = trio.Semaphore(self.disk.readers)
@@ -89,7 +92,7 @@ class TargetPass:
         self._everything_came = trio.Event()
         self._lanes_expected: int | None = None
         self._lanes_ended = 0
-        self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter)
+        self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter, self.digest_map)
         self.meter.access = self.disk.access
 
     async def run(self) -> None:
@@ -185,15 +188,23 @@ class TargetPass:
 
     async def _answer(self, lane: Lane, books: LaneBooks, question: Question) -> None:
         async with self._readers:
-            await self.limits.read.take(question.data_bytes)
+            if self.digest_map is None:
+                await self.limits.read.take(question.data_bytes)
             buffer = await self.buffers.take()
             try:
-                told, read_bytes = await self.talk.threads.on_disk(
-                    partial(answer_span, self.disk, question, buffer, seed=self.seed)
+                answered = await self.talk.threads.on_disk(
+                    partial(answer_with_map, self.disk, question, buffer, seed=self.seed, digest_map=self.digest_map)
                 )
             finally:
                 self.buffers.give(buffer)
+            if self.digest_map is not None:
+                await self.limits.read.take(answered.read_bytes)  # only now is it known
+        told = answered.answer
+        # A block that the map did not know and whose pages were told was read twice: an answer tells no more than all.
+        read_bytes = min(answered.read_bytes, question.data_bytes)
         self.meter.compared_bytes += read_bytes
+        self.meter.mapped_bytes += answered.mapped_bytes
+        self.meter.unmapped_bytes += question.data_bytes - answered.mapped_bytes
         books.asked_bytes -= question.data_bytes
         if books.allowed.open_spans > MAX_OPEN_SPANS:
             raise PeerViolation(f"{MAX_OPEN_SPANS} answered spans differ, and nothing was sent for any of them")
@@ -216,6 +227,8 @@ class TargetPass:
                 f"and {self.meter.verified_bytes} verified; run the pass again"
             )
         self.meter.settled_bytes = self.source_size_bytes
+        if self.digest_map is not None:
+            self.meter.name_rung(self.digest_map.lost)
         self.meter.past_cache = self.disk.reads_back_past_cache
         self.meter.lanes = len(self.talk.lanes)
         verified = PassVerified(

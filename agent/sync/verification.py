@@ -18,6 +18,7 @@ from agent.delta.blocks import Ranges
 from agent.disk.seam import Disk
 from agent.errors import VerificationFailed
 from agent.sync.payloads import PROOF_BYTES
+from agent.sync.rehash import Rehash
 
 READ_BYTES = 4 << 20
 """How much is read back at once."""
@@ -54,6 +55,11 @@ class Written:
         self.size_bytes += length
         self.count += 1
 
+    @property
+    def firsts(self) -> list[int]:
+        """The first byte of each addition."""
+        return [int(ranges[0, 0]) for ranges in self.ranges] + [offset for offset, _ in self.zeroes]
+
 
 def shares(written: Written, count: int) -> list[Written]:
     """`written` in at most `count` parts of about the same size, each in rising order."""
@@ -74,8 +80,8 @@ def shares(written: Written, count: int) -> list[Written]:
     return [part for part in parts if part.count]
 
 
-def read_back(disk: Disk, written: Written) -> int:
-    """Read everything in `written` back; returns the bytes proven.
+def read_back(disk: Disk, written: Written, rehash: Rehash | None = None) -> int:
+    """Read everything in `written` back; returns the bytes proven. What `rehash` gathers is what was read.
 
     Raises:
         VerificationFailed: naming disk and offset of the first difference.
@@ -84,9 +90,11 @@ def read_back(disk: Disk, written: Written) -> int:
     proven = 0
     with _memory() as buffer:
         for ranges, proofs in zip(written.ranges, written.proofs, strict=True):
-            proven += _read_data(disk, ranges, proofs, buffer)
+            proven += _read_data(disk, ranges, proofs, buffer, rehash)
         for offset, length in written.zeroes:
             proven += _read_zeroes(disk, offset, length, buffer)
+        if rehash is not None:
+            rehash.add_rest(disk, written.ranges, written.zeroes, buffer)
     return proven
 
 
@@ -106,7 +114,7 @@ def _memory() -> Iterator[memoryview]:
         _idle.put(buffer)
 
 
-def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview) -> int:
+def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview, rehash: Rehash | None) -> int:
     offsets, ends = ranges[:, 0].tolist(), (ranges[:, 0] + ranges[:, 1]).tolist()
     batch: list[tuple[int, int]] = []  # index pairs (start, stop) of ranges that one read brings
     size = 0
@@ -114,19 +122,25 @@ def _read_data(disk: Disk, ranges: Ranges, proofs: bytes, buffer: memoryview) ->
         length = ends[stop - 1] - offsets[start]
         if length > READ_BYTES:  # a range larger than the buffer, alone
             proof = proofs[start * PROOF_BYTES : stop * PROOF_BYTES]
-            _check_large(disk, offsets[start], ends[start], proof, buffer)
+            _check_large(disk, offsets[start], ends[start], proof, buffer, rehash)
             continue
         if size + length > READ_BYTES:
-            _check(disk, batch, offsets, ends, proofs, buffer)
+            _check(disk, batch, offsets, ends, proofs, buffer, rehash)
             batch, size = [], 0
         batch.append((start, stop))
         size += length
-    _check(disk, batch, offsets, ends, proofs, buffer)
+    _check(disk, batch, offsets, ends, proofs, buffer, rehash)
     return int(sum(ends) - sum(offsets))
 
 
 def _check(
-    disk: Disk, batch: list[tuple[int, int]], offsets: list[int], ends: list[int], proofs: bytes, buffer: memoryview
+    disk: Disk,
+    batch: list[tuple[int, int]],
+    offsets: list[int],
+    ends: list[int],
+    proofs: bytes,
+    buffer: memoryview,
+    rehash: Rehash | None,
 ) -> None:
     """Read the ranges of a batch back, many reads under way together, and compare each with its proof."""
     runs = [(offsets[start], ends[stop - 1] - offsets[start]) for start, stop in batch]
@@ -137,6 +151,8 @@ def _check(
             piece = buffer[at + offsets[index] - first : at + ends[index] - first]
             if blake3(piece).digest() != proofs[index * PROOF_BYTES : (index + 1) * PROOF_BYTES]:
                 raise _difference(disk, offsets[index], piece.nbytes)
+        if rehash is not None:
+            rehash.add(first, buffer[at : at + length])
         at += length
 
 
@@ -150,12 +166,14 @@ def _groups(offsets: list[int], ends: list[int]) -> Iterator[tuple[int, int]]:
     yield start, len(offsets)
 
 
-def _check_large(disk: Disk, offset: int, end: int, proof: bytes, buffer: memoryview) -> None:
+def _check_large(disk: Disk, offset: int, end: int, proof: bytes, buffer: memoryview, rehash: Rehash | None) -> None:
     hasher = blake3()
     for at in range(offset, end, READ_BYTES):
         part = buffer[: min(READ_BYTES, end - at)]
         disk.read_back(at, part)
         hasher.update(part)
+        if rehash is not None:
+            rehash.add(at, part)
     if hasher.digest() != proof:
         raise _difference(disk, offset, end - offset)
 

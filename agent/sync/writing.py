@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import trio
 
-from agent.delta.blocks import Ranges, as_runs, coalesce
+from agent.delta.blocks import Ranges, as_runs, coalesce, to_ranges
 from agent.delta.pack import Codec
 from agent.delta.unpack import Unpacker
 from agent.disk.seam import Disk, Extent
 from agent.sync.budget import ByteBudget
 from agent.sync.conversation import Conversation, Lane, side_by_side
 from agent.sync.meter import Meter
+from agent.sync.pass_map import PassMap
 from agent.sync.payloads import PROOF_BYTES, RANGE_BYTES
+from agent.sync.rehash import Rehash
 from agent.sync.verification import Written, read_back, shares
 from protocol.messages import BlockData, Credit
 
@@ -59,12 +62,19 @@ class Writing:
         talk: whose tasks run the work, and where credit is given.
         before_first_write: awaited once before anything is written.
         meter: the pass's books.
+        digest_map: told of everything that is written; None: the disk has none.
     """
 
     def __init__(
-        self, disk: Disk, talk: Conversation, before_first_write: Callable[[], Awaitable[None]], meter: Meter
+        self,
+        disk: Disk,
+        talk: Conversation,
+        before_first_write: Callable[[], Awaitable[None]],
+        meter: Meter,
+        digest_map: PassMap | None = None,
     ) -> None:
         self._disk = disk
+        self._map = digest_map
         self._talk = talk
         self._before_first_write = before_first_write
         self._meter = meter
@@ -146,21 +156,41 @@ class Writing:
 
     def _unpack_and_write(self, ranges: Ranges, proofs: memoryview, stored: memoryview, data: BlockData) -> None:
         plain = self._unpacker.unpack(stored, Codec(data.codec.value), ranges, proofs)
+        if self._map is not None:
+            self._map.about_to_write(ranges)
         self._disk.write_runs(as_runs(ranges), plain)
 
     async def _write_zeroes(self, ranges: Ranges) -> None:
         """Only what is not zero yet is zeroed, however long the ranges are."""
         extents = self._extents(coalesce(ranges))
+        zeroes: list[tuple[int, int]] = []
         while found := await self._talk.threads.on_disk(lambda: list(islice(extents, EXTENTS_AT_ONCE))):
             runs = [(e.offset_bytes, e.length_bytes) for e in found if not e.zero]
+            zeroes = await self._enter_zeroes([*zeroes, *((e.offset_bytes, e.length_bytes) for e in found if e.zero)])
             if runs:
                 await self._mark()
             for offset, length in runs:
                 for start in range(offset, offset + length, ZERO_STEP_BYTES):
                     step = min(ZERO_STEP_BYTES, offset + length - start)
-                    await self._talk.threads.on_disk(partial(self._disk.write_zeroes, start, step))
+                    await self._talk.threads.on_disk(partial(self._zero, start, step))
                     self._written.add_zeroes(start, step)
                     self._meter.zeroed_bytes += step
+        await self._enter_zeroes(zeroes, keep=0)
+
+    async def _enter_zeroes(self, runs: list[tuple[int, int]], *, keep: int = 1) -> list[tuple[int, int]]:
+        """Tell the map of runs that were zero before, but for the last, which may go on: a block that is known in two
+        parts is not known. Returns that."""
+        if self._map is None or len(runs) <= keep:
+            return runs if self._map is not None else []
+        joined = as_runs(to_ranges(runs))
+        told, kept = joined[: len(joined) - keep], joined[len(joined) - keep :]
+        await self._talk.threads.on_disk(partial(self._map.enter_zeroes, told))
+        return kept
+
+    def _zero(self, offset: int, length: int) -> None:
+        if self._map is not None:
+            self._map.about_to_write(to_ranges([(offset, length)]))
+        self._disk.write_zeroes(offset, length)
 
     def _extents(self, ranges: Ranges) -> Iterator[Extent]:
         for offset, length in ranges.tolist():
@@ -171,10 +201,24 @@ class Writing:
     async def _verify(self) -> None:
         async for written in self._to_verify[1]:
             await self._talk.threads.on_disk(self._disk.flush)
-            await side_by_side(partial(self._read_back, share) for share in shares(written, READ_BACKS))
+            parts = [(share, self._rehash()) for share in shares(written, READ_BACKS)]
+            await side_by_side(partial(self._read_back, *part) for part in parts)
+            if self._map is not None:
+                hashed = [rehash for _, rehash in parts if rehash is not None]
+                await self._talk.threads.on_disk(partial(_enter, self._map, written, hashed))
             self._idle = self._to_verify[1].statistics().current_buffer_used == 0
         self._verified.set()
 
-    async def _read_back(self, share: Written) -> None:
-        proven_bytes = await self._talk.threads.on_disk(partial(read_back, self._disk, share))
+    def _rehash(self) -> Rehash | None:
+        return None if self._map is None else Rehash(self._map.shape)
+
+    async def _read_back(self, share: Written, rehash: Rehash | None) -> None:
+        proven_bytes = await self._talk.threads.on_disk(partial(read_back, self._disk, share, rehash))
         self._meter.verified_bytes += proven_bytes  # not in one line: others count there while this one waits
+
+
+def _enter(digest_map: PassMap, written: Written, hashed: list[Rehash]) -> None:
+    """What was written is proven: the map may know it."""
+    blocks = np.array([block for rehash in hashed for block in rehash.blocks], dtype=np.int64)
+    digest_map.proven(written.firsts, blocks, [digest for rehash in hashed for digest in rehash.digests])
+    digest_map.enter_zeroes(written.zeroes)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,8 +81,8 @@ def test_the_first_write_starts_the_server_and_reads_see_what_is_written(
 ) -> None:
     assert read(target, 8 * MIB, MIB) == bytes(MIB)
     target.write(8 * MIB, NOISE)
-    assert target.access == "NBD (since the first write)"
-    assert len(sockets(image.parent)) == 1
+    assert target.access == "NBD (since the first write; cached)"
+    assert len(sockets(image.parent)) == 2
     assert read(target, 8 * MIB, MIB) == NOISE
     target.write_zeroes(0, 2 * MIB)
     target.write_runs([(3 * MIB, 512), (4 * MIB, 512)], NOISE[:1024])
@@ -185,8 +188,65 @@ def test_a_compressed_cluster_is_read_through_the_server(tmp_path: Path) -> None
         assert len(sockets(tmp_path)) == 1
         disk.write(MIB, NOISE[:512])
         assert read(disk, MIB, 64 * 1024) == bytes(NOISE[:512]) + b"\x07" * (64 * 1024 - 512)
-        assert len(sockets(tmp_path)) == 1
     assert not sockets(tmp_path)
+
+
+def test_an_image_that_is_not_cached_gets_no_reader_beside_the_server(image: Path, target: Disk) -> None:
+    with image.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    target.write(8 * MIB, NOISE)
+    assert target.access == "NBD (since the first write)"
+    assert len(sockets(image.parent)) == 1
+    assert read(target, 0, MIB) == CONTENT[:MIB]
+
+
+def test_a_reader_that_does_not_start_or_dies_costs_nothing(
+    target: Disk, monkeypatch: pytest.MonkeyPatch, image: Path
+) -> None:
+    started: list[QemuNbd] = []
+    start = QemuNbd.start
+
+    def remember(*args: Any, cached: bool = False, **options: Any) -> QemuNbd:
+        server = start(*args, cached=cached, **options)
+        if cached:
+            started.append(server)
+        return server
+
+    monkeypatch.setattr(QemuNbd, "start", remember)
+    target.write(8 * MIB, NOISE)
+    (reader,) = started
+    os.kill(reader.pid, signal.SIGKILL)
+    assert read(target, 0, MIB) == CONTENT[:MIB]
+    assert read(target, 8 * MIB, MIB) == NOISE
+    target.write(9 * MIB, NOISE)
+    target.close()
+    assert not sockets(image.parent)
+
+
+@pytest.mark.parametrize("cluster_bytes", [512, 64 * 1024, 2 * MIB])
+def test_whatever_is_written_reads_are_right_beside_the_server(tmp_path: Path, cluster_bytes: int) -> None:
+    """Clusters are compressed, allocated, missing and freed; what one write frees the next may fill."""
+    image, chance = tmp_path / "image", random.Random(cluster_bytes)
+    (tmp_path / "raw").write_bytes(CONTENT + bytes(SIZE_BYTES - len(CONTENT)))
+    words = ("-o", f"cluster_size={cluster_bytes}")
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", *words, tmp_path / "raw", image)
+    expected = bytearray((tmp_path / "raw").read_bytes())
+    with closing(hold_exclusive(image)) as held, closing(open_target("vda", held, "qcow2", tmp_path)) as disk:
+        for _ in range(150):
+            offset = chance.randrange(SIZE_BYTES // 512) * 512
+            length = min(chance.choice([512, 4096, 64 * 1024, MIB]), SIZE_BYTES - offset)
+            match chance.randrange(4):
+                case 0:
+                    disk.write(offset, NOISE[:length])
+                    expected[offset : offset + length] = NOISE[:length]
+                case 1:
+                    disk.write_zeroes(offset, length)
+                    expected[offset : offset + length] = bytes(length)
+                case _:
+                    assert read(disk, offset, length) == expected[offset : offset + length]
+        assert "cached" in disk.access
+        assert read(disk, 0, SIZE_BYTES) == expected
 
 
 def test_a_target_with_a_backing_file_is_left_to_qemu_from_the_start(tmp_path: Path) -> None:

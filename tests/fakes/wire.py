@@ -14,7 +14,7 @@ from typing import cast
 
 from protocol.bulk_connection import BulkConnection
 from protocol.codec import decode, encode
-from protocol.connection import Speaker, State
+from protocol.connection import Allocate, Speaker, State
 from protocol.errors import ConnectionLost, PeerViolation, ProtocolError
 from protocol.framing import frame_prefix
 from protocol.limits import MAX_LANES
@@ -92,12 +92,18 @@ class FakeWire(_End):
 
     @classmethod
     def pair(
-        cls, *, window_bytes: int = 2 << 20, ahead_bytes: int = 1 << 30, stepped: bool = False
+        cls,
+        *,
+        window_bytes: int = 2 << 20,
+        ahead_bytes: int = 1 << 30,
+        stepped: bool = False,
+        allocate: Allocate | None = None,
     ) -> tuple[FakeWire, FakeWire]:
-        """Source end and target end, welcomed. `stepped`: what is sent waits for `deliver`."""
+        """Source end and target end, welcomed. `stepped`: what is sent waits for `deliver`. `allocate`: gives the
+        target's buffers."""
         shared = threading.Condition()
         there, back = _Way(held=deque() if stepped else None), _Way(held=deque() if stepped else None)
-        calling, listening = _welcomed(window_bytes, ahead_bytes)
+        calling, listening = _welcomed(window_bytes, ahead_bytes, allocate)
         source, target = cls(shared, there, back, calling), cls(shared, back, there, listening)
         source._peer, target._peer = target, source
         return source, target
@@ -190,9 +196,11 @@ class ScriptedEnd(_End):
         return cast("BulkMessage", message), frame[_PREFIX_BYTES + header_bytes :]
 
 
-def _welcomed(window_bytes: int, ahead_bytes: int) -> tuple[BulkConnection, BulkConnection]:
+def _welcomed(
+    window_bytes: int, ahead_bytes: int, allocate: Allocate | None = None
+) -> tuple[BulkConnection, BulkConnection]:
     """Both ends of a connection behind its handshake."""
-    calling, listening = BulkConnection(Speaker.CALLER), BulkConnection(Speaker.LISTENER)
+    calling, listening = BulkConnection(Speaker.CALLER), BulkConnection(Speaker.LISTENER, allocate)
     hello = BulkHello(versions=PROTOCOL_VERSIONS, software="test", grant="00" * 16, target="vda", digest_seed=0)
     welcome = BulkWelcome(
         version=PROTOCOL_VERSIONS[0],

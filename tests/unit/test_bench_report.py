@@ -86,6 +86,8 @@ def test_profile_gives_a_call_to_the_line_of_ours_that_made_it() -> None:
         [
             "run (trio/_core/_run.py:1);read (agent/disk/raw.py:10);preadv (os.py:1) 3",
             "run (trio/_core/_run.py:1);_work (trio/x.py:2);WorkerThread._work (trio/_core/_thread_cache.py:211) 96",
+            "run (threading.py:1);_worker (concurrent/futures/thread.py:81) 50",
+            "receive (protocol/bulk.py:1);TlsSocket._wait (protocol/tls_socket.py:250) 20",
             "run (trio/_core/_run.py:1) 1",
         ]
     )
