@@ -70,8 +70,8 @@ def rung(code: str) -> str:
 
 
 def step(name: str) -> str:
-    """A step's name as a person reads it: ``first_pass`` is ``first pass``."""
-    return name.replace("_", " ")
+    """A step's name as a person reads it: ``last_pass`` is ``last pass``, ``pass:2`` is ``pass 2``."""
+    return name.replace("_", " ").replace(":", " ")
 
 
 def outcome(name: str | None) -> str:

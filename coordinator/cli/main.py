@@ -30,6 +30,7 @@ from coordinator.cli import (
     resume,
     start,
     status,
+    switch,
     undo,
     watch,
 )
@@ -207,6 +208,7 @@ for verb in (
     undo,
     cancel,
     resume,
+    switch,
     limit,
     pairs,
     history,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -10,12 +11,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from coordinator.cli.session import Session
-from coordinator.model import PAIR_NAME, DiskPair, Rate
+from coordinator.model import PAIR_NAME, DiskPair, Rate, SwitchPolicy
 
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|m|h)?")
 RATE_WORDS = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:(?:([kKmMgGtT])(i)?)?(B|bit))?(?:/s)?", re.ASCII)
 """Number, prefix, binary prefix, unit. A small b is not taken: to some it is a byte, to others a bit."""
+HOURS_MINUTES = re.compile(r"(?:[01]?\d|2[0-3]):[0-5]\d", re.ASCII)
 MAX_DURATION_S = 7 * 24 * 3600.0
 
 
@@ -116,8 +118,60 @@ class RateType(click.ParamType[Rate]):
             self.fail(f"{value!r} is too little or too much: {error}", param, ctx)
 
 
+class Moment(click.ParamType[float]):
+    """A moment to come: ISO 8601 with its zone (``2031-01-31T02:00+01:00``), or the next local ``HH:MM``."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds since 1970."""
+        if isinstance(value, int | float):
+            return float(value)
+        text = str(value).strip()
+        how = "write a date and time with its zone, as in 2031-01-31T02:00+01:00, or HH:MM for the next local one"
+        if HOURS_MINUTES.fullmatch(text):
+            return next_local(text, datetime.now())  # noqa: DTZ005  # the wall clock of this machine is meant
+        try:
+            when = datetime.fromisoformat(text)
+        except ValueError:
+            self.fail(f"{value!r} is no time: {how}", param, ctx)
+        if when.tzinfo is None:
+            self.fail(f"{value!r} names no time zone: {how}", param, ctx)
+        return when.timestamp()
+
+
+def next_local(hours_minutes: str, now: datetime) -> float:
+    """Seconds since 1970 of the next time that the local clock shows ``HH:MM``; `now`: local, without a zone."""
+    hours, minutes = hours_minutes.split(":")
+    when = now.replace(hour=int(hours), minute=int(minutes), second=0, microsecond=0)
+    if when <= now:
+        when += timedelta(days=1)
+    return when.timestamp()
+
+
+class SwitchWhen(click.ParamType[tuple[SwitchPolicy, float | None]]):
+    """When to switch: ``auto``, ``manual``, or ``at TIME``."""
+
+    name = "auto|manual|at TIME"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[SwitchPolicy, float | None]:
+        """The policy, and the time of AT (seconds since 1970)."""
+        if isinstance(value, tuple):
+            return value
+        word, _, rest = str(value).strip().partition(" ")
+        if word == SwitchPolicy.AT.value and rest:
+            return SwitchPolicy.AT, MOMENT.convert(rest, param, ctx)
+        if rest or word not in (SwitchPolicy.AUTO.value, SwitchPolicy.MANUAL.value):
+            self.fail(f"{value!r} is none of auto, manual and at TIME (as in --switch at 02:00)", param, ctx)
+        return SwitchPolicy(word), None
+
+
 PAIR = PairName()
 VM_PLACE = VmPlace()
 DISK_MAPPING = DiskMapping()
 DURATION_S = Duration()
 RATE = RateType()
+MOMENT = Moment()
+SWITCH_WHEN = SwitchWhen()

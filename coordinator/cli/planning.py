@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from coordinator.cli.parameters import DURATION_S, RATE
+from coordinator.cli.parameters import DURATION_S, RATE, SWITCH_WHEN
 from coordinator.errors import Refused
-from coordinator.model import Plan, Rate, RunLimits, RunOptions, ShutdownPolicy
+from coordinator.model import LateEvidence, Plan, Rate, RunLimits, RunOptions, ShutdownPolicy, SwitchPolicy
 from coordinator.plan import make_plan
 from coordinator.runs import Coordinator
+from coordinator.switch_order import check_switch_time
+from protocol.messages import Tracking
 
+TRACKING = {"auto": Tracking.BITMAP, "overlay": Tracking.OVERLAY, "none": Tracking.NONE}
 _OPTIONS = (
     click.option("--power-on/--no-power-on", default=True, help="Power the original on at the end (default: on)."),
     click.option(
@@ -34,6 +38,68 @@ _OPTIONS = (
         default=ShutdownPolicy.ABORT.value,
         show_default=True,
         help="When that time is over: leave it running and stop, or power it off by force.",
+    ),
+    click.option(
+        "--kill-after",
+        "kill_after_s",
+        type=DURATION_S,
+        default="60s",
+        show_default=True,
+        help="With force: how long QEMU may take to end gracefully; then it is killed, its dirty bitmaps lost.",
+    ),
+    click.option(
+        "--switch",
+        "switch_when",
+        type=SWITCH_WHEN,
+        default=SwitchPolicy.AUTO.value,
+        show_default=True,
+        help="When to switch: as soon as little is left, at a time (2031-01-31T02:00+01:00, or the next 02:00), or "
+        "when `failback switch` says so.",
+    ),
+    click.option(
+        "--max-downtime",
+        "max_downtime_s",
+        type=DURATION_S,
+        help="Switch only while the expected downtime is at most this; otherwise go on synchronising.",
+    ),
+    click.option(
+        "--background-interval",
+        "background_s",
+        type=DURATION_S,
+        default="5m",
+        show_default=True,
+        help="How often a pass keeps what is left small while the run waits to switch.",
+    ),
+    click.option(
+        "--late-evidence",
+        type=click.Choice([policy.value for policy in LateEvidence]),
+        default=LateEvidence.RETURN.value,
+        show_default=True,
+        help="If after the replica's power-off the downtime turns out longer than agreed: put it back into service, or "
+        "go on.",
+    ),
+    click.option(
+        "--track",
+        type=click.Choice(sorted(TRACKING)),
+        default="auto",
+        show_default=True,
+        help="Record what the replica writes between passes: by dirty bitmaps, by a live overlay where its disks have "
+        "none, or not at all.",
+    ),
+    click.option(
+        "--freeze-guest", is_flag=True, help="Freeze the guest's file systems for the instant of the first view."
+    ),
+    click.option(
+        "--audit/--no-audit",
+        default=True,
+        help="After the switchover, read the replica whole and compare it with what the original started from.",
+    ),
+    click.option(
+        "--verify",
+        type=click.Choice(["written", "full"]),
+        default="written",
+        show_default=True,
+        help="Before the original starts, verify what was written, or read both sides whole.",
     ),
     click.option(
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
@@ -81,6 +147,15 @@ def chosen_options(
     power_off_original: bool,
     shutdown_timeout_s: float,
     shutdown_policy: str,
+    kill_after_s: float,
+    switch_when: tuple[SwitchPolicy, float | None],
+    max_downtime_s: float | None,
+    background_s: float,
+    late_evidence: str,
+    track: str,
+    freeze_guest: bool,
+    audit: bool,
+    verify: str,
     allow_larger_target: bool,
     discard_divergence: bool,
     verify: str,
@@ -88,7 +163,9 @@ def chosen_options(
     limit_network: Rate | None,
     limit_read: Rate | None,
 ) -> RunOptions:
-    """The options as values."""
+    """The options as values; `UsageError` where the time to switch is past."""
+    switch, switch_at_s = switch_when
+    check_switch_time(switch_at_s, time.time())
     return RunOptions(
         power_on=power_on,
         power_off_original=power_off_original,
@@ -99,6 +176,16 @@ def chosen_options(
         verify_full=verify == "full",
         audit=audit,
         limits=RunLimits().changed(limit_network, limit_read),
+        kill_after_s=kill_after_s,
+        switch=switch,
+        switch_at_s=switch_at_s,
+        max_downtime_s=max_downtime_s,
+        background_s=background_s,
+        late_evidence=LateEvidence(late_evidence),
+        track=TRACKING[track],
+        freeze_guest=freeze_guest,
+        verify_full=verify == "full",
+        audit=audit,
     )
 
 

@@ -12,6 +12,7 @@ from coordinator.cli import human
 from coordinator.cli.cost_view import show_costs
 from coordinator.cli.output import Output, facts, table
 from coordinator.cli.run_view import bars, progress_line
+from coordinator.cli.serving_view import downtime_words, evidence_rows
 from coordinator.entries import EntryKind, JournalEntry, Phase
 from coordinator.model import OriginalFlag, Pair, Plan, Refusal, RunLimits, State, VmRef
 from coordinator.reports import ClosingReport, DiskLine
@@ -123,6 +124,7 @@ def show_status(output: Output, status: PairStatus) -> None:
         rows.append(("Limits", status.limits.words))
     if status.last_failure:
         rows.append(("Last failure", status.last_failure))
+    rows += evidence_rows(status)
     if status.downtime_s is not None:
         rows.append(("Downtime", human.duration(status.downtime_s)))
     if status.audit.state is not AuditState.OFF:
@@ -156,7 +158,7 @@ def show_report(output: Output, report: ClosingReport) -> None:
     for line in report.disks:
         disks.add_row(
             line.original,
-            human.step(line.pass_name).removesuffix(" pass"),
+            human.step(line.pass_name).removesuffix(" pass").removeprefix("pass "),
             human.size(line.size_bytes),
             human.size(line.compared_bytes),
             human.size(line.changed_bytes),
@@ -181,7 +183,7 @@ def show_report(output: Output, report: ClosingReport) -> None:
     sent, whole = total_sent(report), total_size(report)
     if report.disks:  # a run that ended before its first pass has nothing to say here
         rows.append(("Sent", f"{human.size(sent)} for {human.size(whole)} of disk"))
-    rows.append(("Downtime", human.duration(report.downtime_s) if report.downtime_s is not None else "none yet"))
+    rows.append(("Downtime", downtime_words(report)))
     for name, check in (("Verified whole", report.verify_full), ("Audit", report.audit)):
         if check is not None:
             found = differences(check) or "no difference, read whole (matched, xxh3-128)"

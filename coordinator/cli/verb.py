@@ -55,6 +55,20 @@ class Verb(Teaching):
             )
         )
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take ``--switch at TIME`` as it is spoken: two words of one value."""
+        joined: list[str] = []
+        rest = list(args)
+        while rest:
+            word = rest.pop(0)
+            joined.append(word)
+            if word == "--":
+                joined += rest
+                break
+            if word == "--switch" and len(rest) > 1 and rest[0] == "at":
+                joined.append(f"{rest.pop(0)} {rest.pop(0)}")
+        return super().parse_args(ctx, joined)
+
 
 def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a function the verb of that name. It returns the exit code (None: done)."""

@@ -26,7 +26,9 @@ def failback(tmp_path: Path) -> Command:
 
 
 def test_every_verb_the_product_promises_is_there() -> None:
-    promised = "register failover plan start status watch commit undo cancel resume limit pairs history pki completion"
+    promised = (
+        "register failover plan start status watch commit undo cancel resume switch limit pairs history pki completion"
+    )
     assert set(VERBS) == set(promised.split())
 
 
@@ -60,6 +62,15 @@ WRONG = [
     (["start", PAIR, "--shutdown-timeout", "0s"], "'0s'", "7 days"),
     (["start", PAIR, "--shutdown-policy", "maybe"], "'maybe'", "'abort', 'force'"),
     (["commit", PAIR, "--restore-point", "burn"], "'burn'", "'keep', 'drop'"),
+    (["start", PAIR, "--switch", "soon"], "'soon'", "--switch at 02:00"),
+    (["start", PAIR, "--switch", "at", "noon"], "'noon'", "HH:MM"),
+    (["start", PAIR, "--switch", "at", "2031-01-31T02:00"], "names no time zone", "+01:00"),
+    (["start", PAIR, "--switch", "at", "2021-01-31T02:00+01:00"], "is past", "name one to come"),
+    (["start", PAIR, "--max-downtime", "0s"], "'0s'", "7 days"),
+    (["start", PAIR, "--track", "always"], "'always'", "'auto', 'none', 'overlay'"),
+    (["start", PAIR, "--late-evidence", "maybe"], "'maybe'", "'return', 'proceed'"),
+    (["switch", PAIR, "--at", "25:00"], "'25:00'", "HH:MM"),
+    (["switch", PAIR, "--at", "2021-01-31T02:00Z"], "is past", "name one to come"),
     (["completion", "tcsh"], "'tcsh'", "'bash', 'zsh', 'fish'"),
     (["resume"], "which pair", "failback resume web1"),
     (["status", "nosuch"], "nosuch", "failback register"),

@@ -113,7 +113,7 @@ class TestARun:
         value = taken_over.json(*START)
         assert (value["state"], value["exit_code"], value["run"]) == ("Failback", 0, value["report"]["run"])
         assert "error" not in value
-        assert {line["pass_name"] for line in value["report"]["disks"]} == {"pass:1", "last_pass"}
+        assert {line["pass_name"] for line in value["report"]["disks"]} == {"pass:1", "pass:2", "last_pass"}
         assert value["plan"]["refusals"] == []
         assert taken_over.world.original.power is Power.RUNNING
 
@@ -130,7 +130,7 @@ class TestARun:
         ):
             assert words in result.stdout, words
         assert "50% of 2.00 MiB" in result.stdout
-        assert re.search(r"vda +first +1.00 MiB +768 KiB +4.00 KiB +0.98 KiB +4.50 KiB", result.stdout)
+        assert re.search(r"vda +1 +1.00 MiB +768 KiB +4.00 KiB +0.98 KiB +4.50 KiB", result.stdout)
         assert "full digests (matched, xxh3-128)" in result.stdout
 
     def test_ctrl_c_in_the_first_pass_stops_there_and_prints_the_line_that_goes_on(self, taken_over: Command) -> None:
@@ -201,7 +201,7 @@ class TestARun:
         assert value["state"] == "Syncing"
         status = taken_over.json("status", PAIR)
         assert (status["active"], status["step"]) == (False, "fence_original")
-        assert set(status["allowed"]) == {"resume", "cancel", "limit"}
+        assert set(status["allowed"]) == {"resume", "cancel", "limit", "switch"}
         assert "cannot be asked" in taken_over("status", PAIR).stdout
         taken_over.grace_s = 0.0
         watched = taken_over("watch", PAIR)
@@ -236,7 +236,7 @@ class TestLooking:
     def test_history_is_for_a_person_and_for_programs(self, taken_over: Command) -> None:
         taken_over.fail_back()
         text = taken_over("history", PAIR, "--report").stdout
-        assert re.search(r"ok +first pass +\d", text)
+        assert re.search(r"ok +pass 1 +\d", text)
         assert "=== " in text
         assert "Downtime" in text
         value = taken_over.json("history", PAIR)
