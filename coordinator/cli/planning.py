@@ -110,18 +110,6 @@ _OPTIONS = (
         help="Go on though the original was written to after the failover; that is lost. --yes does not imply it.",
     ),
     click.option(
-        "--verify",
-        type=click.Choice(["written", "full"]),
-        default="written",
-        show_default=True,
-        help="Before the original may start: read back what was written, or both sides' storage whole.",
-    ),
-    click.option(
-        "--audit/--no-audit",
-        default=True,
-        help="Read the replica whole after the switchover and compare it with what the original started from.",
-    ),
-    click.option(
         "--limit-network",
         type=RATE,
         help="Most that is sent over the network: 125MB, 119MiB, 1Gbit (a second), or none, the default.",
@@ -158,8 +146,6 @@ def chosen_options(
     verify: str,
     allow_larger_target: bool,
     discard_divergence: bool,
-    verify: str,
-    audit: bool,
     limit_network: Rate | None,
     limit_read: Rate | None,
 ) -> RunOptions:
@@ -173,8 +159,6 @@ def chosen_options(
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
         discard_divergence=discard_divergence,
-        verify_full=verify == "full",
-        audit=audit,
         limits=RunLimits().changed(limit_network, limit_read),
         kill_after_s=kill_after_s,
         switch=switch,
