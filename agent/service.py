@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage,
 from agent.maps import MapDesk
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
+from agent.sampling import sample_disk
 from agent.scratch import ScratchLimits
 from agent.sources import ViewDesk
 from agent.threads import Threads
@@ -136,7 +138,9 @@ class AgentService:
             case AskEvidence():
                 return await self.threads.on_disk(lambda: self.evidence.answer(request.vm_uuid, request.targets))
             case SampleBlocks():
-                raise Forbidden(f"this agent does not answer the question {type(request).__name__}")
+                return await self.threads.on_disk(
+                    lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)
+                )
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
                 structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
@@ -217,6 +221,8 @@ class AgentService:
             bulk_port=self.config.bulk_port,
             fingerprint=self.fingerprint,
             missing_tools=tuple(f"{tool} ({package})" for tool, package in TOOLS.items() if not shutil.which(tool)),
+            clock_s=time.time(),
+            state_free_bytes=shutil.disk_usage(self.config.state_dir).free,
         )
 
     async def _inspect(self, name_or_uuid: str) -> VmDescription:

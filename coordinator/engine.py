@@ -14,6 +14,7 @@ import trio
 from sqlalchemy import Connection
 
 from coordinator import journal, registry
+from coordinator.audit import AuditState, audit_status, failback_words
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, JournalEntry
 from coordinator.errors import CoordinatorError, ExitCode, NeedsOperator
@@ -22,6 +23,7 @@ from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, State
 from coordinator.reports import closing_report
 from coordinator.serving import Serving
 from coordinator.stepping import Interrupted, Stepper, exits_of, is_ours_no_more
+from coordinator.steps_check import AUDIT_STEP
 from coordinator.steps_commit import COMMIT_STEPS
 from coordinator.steps_round import all_rounds
 from coordinator.steps_switch import SWITCH_STEPS
@@ -40,6 +42,7 @@ class Engine:
         self._serving = Serving(context, self._stepper, self.move)
         self._switching = Switching(context, self._stepper, self.move)
         self._failure: CoordinatorError | None = None
+        self._audited = False
 
     async def work(self) -> Outcome:
         """Go on until the run rests.
@@ -58,6 +61,8 @@ class Engine:
                     case State.COMMITTING:
                         await self._stepper.run(COMMIT_STEPS)
                         await self._finish_commit()
+                    case State.FAILBACK if self._audit_is_due():
+                        await self._stepper.again(AUDIT_STEP)
                     case State.ROLLING_BACK | State.CANCELLING | State.UNDOING:
                         await self._walk_back()
                     case _:
@@ -79,6 +84,13 @@ class Engine:
     async def _switch(self) -> None:
         await self._switching.work()
         await self.move(State.FAILBACK, change=self._original_is_newest)
+
+    def _audit_is_due(self) -> bool:
+        """Once for each process; one that differed before is repeated where somebody asks for it."""
+        context, begun = self._context, self._audited
+        self._audited = True
+        found = audit_status(context.pair.name, context.options, context.log)
+        return not begun and found.state not in (AuditState.OFF, AuditState.CLEAN)
 
     # --- taking back ----------------------------------------------------------------------------------------------
 
@@ -103,7 +115,7 @@ class Engine:
 
     async def _walk_back(self) -> None:
         context = self._context
-        for step in reversed((*SYNC_STEPS, *all_rounds(context.log), *SWITCH_STEPS)):
+        for step in reversed((*SYNC_STEPS, *all_rounds(context.log), *SWITCH_STEPS, AUDIT_STEP)):
             if step.undo_sentence and context.log.stands(step.name):
                 await self._stepper.take_back(step)
         outcome = OUTCOMES[context.pair.state]
@@ -162,6 +174,8 @@ class Engine:
         context = self._context
         state = context.pair.state
         self._failure = error
+        if state is State.FAILBACK:
+            return False  # the audit alone failed: the failback stands
         if state is State.SWITCHING and not context.past_no_return:
             await self.take_back(State.ROLLING_BACK, error.sentence)
             return True
@@ -178,10 +192,7 @@ class Engine:
         code, sentence = ExitCode.DONE, ""
         match state:
             case State.FAILBACK:
-                power = "runs" if context.options.power_on else "is verified and off"
-                sentence = (
-                    f"{name} has failed back: the original {power}; `failback commit {name}` or `failback undo {name}`"
-                )
+                code, sentence = failback_words(name, context.options, context.log)
             case State.READY:
                 sentence = f"{name} is committed: the original is in use, the replica stands by"
             case State.FAILOVER if run.outcome == "rolled-back":

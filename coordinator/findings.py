@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from coordinator.model import DiskPair, Pair, RunOptions, VmRef
-from protocol.messages import DiskDescription, HostDescription, Power, PowerAnswer, Side, VmDescription
+from protocol.messages import BlockSamples, DiskDescription, HostDescription, Power, PowerAnswer, Side, VmDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +51,34 @@ class SideFindings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSample:
+    """Samples of one disk, by target names: of the replica's blocks and of the same ones of the original, or why there
+    are none. `map_known_bytes`: how much of the original's disk its digest map knows."""
+
+    original: str
+    replica: str
+    source: BlockSamples | Problem
+    target: BlockSamples | Problem
+    map_known_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """Both sides. `failover_since`: when the pair entered its present *Failover* (ISO 8601), where that is known."""
+    """Both sides.
+
+    Attributes:
+        failover_since: when the pair entered its present *Failover* (ISO 8601), where that is known; `failover_s` is
+            the same in seconds since 1970, by this host's clock.
+        original_ahead_s: how far the clock of the original's host is ahead of this one's; None where it does not tell.
+        samples: of the disks, where they were asked for.
+    """
 
     original: SideFindings
     replica: SideFindings
     failover_since: str | None = None
+    failover_s: float | None = None
+    original_ahead_s: float | None = None
+    samples: tuple[DiskSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,6 +175,7 @@ class RunOptions:
         freeze_guest: freeze the guest's file systems for the instant of the first view.
         verify_full: read both sides' storage whole before the original may start.
         audit: read the frozen replica whole after the switchover and compare it with what the original started from.
+        discard_divergence: go on though the original's disks seem to have been written to after the failover.
     """
 
     power_on: bool = True
@@ -193,6 +194,7 @@ class RunOptions:
     freeze_guest: bool = False
     verify_full: bool = False
     audit: bool = True
+    discard_divergence: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +221,68 @@ class PlannedDisk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate with how sure it is: the true value lies between `low` and `high` 95 times of 100."""
+
+    low: float
+    likely: float
+    high: float
+
+    def times(self, factor: float) -> Interval:
+        """Each of it, so many times."""
+        return Interval(low=self.low * factor, likely=self.likely * factor, high=self.high * factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskEstimate:
+    """What one disk will cost. None and 0 where it is not estimated; `why_not` says why, in a sentence.
+
+    Attributes:
+        sampled_blocks, differing_blocks: what the estimate of the changes rests on.
+        source_read_bytes, target_read_bytes: what the first pass reads on each side.
+        changed_bytes: what differs now, in blocks of 64 KiB.
+        first_pass_s: seconds of the first pass.
+        last_rung: what the last pass is expected to rest on; `last_pass_s`: what it reads regardless of what changed.
+        map_bytes: size of the digest map.
+    """
+
+    original: str
+    replica: str
+    why_not: str
+    last_rung: str
+    map_bytes: int
+    sampled_blocks: int = 0
+    differing_blocks: int = 0
+    source_read_bytes: int = 0
+    target_read_bytes: int = 0
+    changed_bytes: Interval | None = None
+    first_pass_s: Interval | None = None
+    last_pass_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a run will cost. `downtime_s` is without the guest's own shutdown and boot; `sentence`: what the numbers
+    leave out."""
+
+    disks: tuple[DiskEstimate, ...]
+    first_pass_s: Interval | None
+    downtime_s: float | None
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Room on one host: what is needed where, and what is free (None: not told), in bytes."""
+
+    host: str
+    place: str
+    purpose: str
+    needed_bytes: int
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run would do, refuse and cost, computed without changing anything."""
 
@@ -227,6 +291,8 @@ class Plan:
     disks: tuple[PlannedDisk, ...]
     steps: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    estimate: Estimate | None = None
+    rooms: tuple[Room, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,7 +117,7 @@ async def _granted(
     for agent, direction in ((context.target, Direction.RECEIVE), (context.source, Direction.SEND)):
         allowed = _grant(context, grant, view, direction, disks, evidence)
         await ask(agent, AllowPass(order=context.order, grant=allowed), Done, timeout_s=QUESTION_TIMEOUT_S)
-    return await _both(context, step, grant, context.survey)
+    return await both_sides(context, step, grant, context.survey)
 
 
 def _grant(
@@ -172,7 +172,7 @@ async def _orders(context: RunContext, grant: str, survey: SurveyRecord) -> dict
     return {Direction.RECEIVE: receive, Direction.SEND: send}
 
 
-async def _both(context: RunContext, step: str, grant: str, survey: SurveyRecord) -> tuple[PassReport, PassReport]:
+async def both_sides(context: RunContext, step: str, grant: str, survey: SurveyRecord) -> tuple[PassReport, PassReport]:
     """Let both agents carry the pass out, the receiver first. Raises the failure that tells why."""
     reports: dict[Direction, PassReport] = {}
     failures: list[CoordinatorError] = []

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from coordinator.divergence import divergence_notes
+from coordinator.estimates import estimate, last_rung
 from coordinator.findings import Case, DiskCase, Findings
 from coordinator.model import Pair, Plan, PlannedDisk, RunOptions, ShutdownPolicy
 from coordinator.refusals import find_refusals
+from coordinator.rooms import rooms
 from protocol.messages import Condition, Power, Side
 
-RUNG = "digests"
-WHY_NOT_HIGHER = (
-    "no dirty bitmap and no digest map is kept for this disk, so what does not read as zero is compared block by "
-    "block on "
-    "both sides (matched, xxh3-128)"
+WHY_DIGESTS = (
+    "no dirty bitmap and no digest map of the original is known to be usable for the first pass, so it compares what "
+    "does not read as zero block by block on both sides (matched, xxh3-128)"
+)
+WHY_MAP = (
+    "no earlier view of the replica is known to equal the original, so the first pass compares the replica with the "
+    "digest map of the original (matched, xxh3-128)"
 )
 
 
@@ -29,13 +34,16 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
     return Plan(
         pair=pair.name,
         refusals=find_refusals(case),
-        disks=tuple(_planned(here, there) for here, there in case.found_pairs()),
+        disks=tuple(_planned(case, here, there) for here, there in case.found_pairs()),
         steps=tuple(_steps(case)),
-        notes=tuple(_notes(case)),
+        notes=(*divergence_notes(case), *_notes(case)),
+        estimate=estimate(case),
+        rooms=rooms(case),
     )
 
 
-def _planned(original: DiskCase, replica: DiskCase) -> PlannedDisk:
+def _planned(case: Case, original: DiskCase, replica: DiskCase) -> PlannedDisk:
+    mapped = any(s.map_known_bytes and s.original == original.disk.target for s in case.findings.samples)
     target, source = original.disk.chain[0], replica.disk.chain[0]
     return PlannedDisk(
         original=original.disk.target,
@@ -44,8 +52,8 @@ def _planned(original: DiskCase, replica: DiskCase) -> PlannedDisk:
         target_size_bytes=target.virtual_size_bytes,
         source_format=source.format,
         target_format=target.format,
-        rung=RUNG,
-        why_not_higher=WHY_NOT_HIGHER,
+        rung="map" if mapped else "digests",
+        why_not_higher=WHY_MAP if mapped else WHY_DIGESTS,
     )
 
 
@@ -95,10 +103,7 @@ def _notes(case: Case) -> Iterator[str]:
     if _power(case, Side.REPLICA) is Power.OFF:
         yield f"The replica {replica.name} is off: one pass is enough, and nobody is served meanwhile."
     elif _power(case, Side.REPLICA) is Power.RUNNING:
-        yield (
-            "The last pass reads both sides whole while nobody is served, because no dirty bitmap is kept; the time of "
-            "the first pass is a fair measure of the downtime."
-        )
+        yield from _last_pass_notes(case)
     if _power(case, Side.ORIGINAL) is Power.RUNNING and case.options.power_off_original:
         yield (
             f"The original {original.name} runs now; whatever it wrote since the failover is lost "
@@ -111,6 +116,18 @@ def _notes(case: Case) -> Iterator[str]:
     )
     yield from _limit_notes(case)
     yield from _disk_notes(case)
+
+
+def _last_pass_notes(case: Case) -> Iterator[str]:
+    """What the last pass reads while nobody is served, by what is recorded of the replica's writes."""
+    whole = [there.disk.target for _, there in case.found_pairs() if last_rung(case, there) == "map"]
+    if not whole:
+        yield "The last pass reads what the replica wrote since the pass before and no more: a bitmap or overlay tells."
+        return
+    yield (
+        f"The last pass reads {', '.join(whole)} of the replica whole while nobody is served, because nothing records "
+        "what is written there; the time of the first pass is a fair measure of the downtime."
+    )
 
 
 def _limit_notes(case: Case) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.model import RestorePoint, RunLimits
-from protocol.messages import DiskTracking, PassReport, Power, ViewedDisk
+from protocol.messages import ByteRange, DiskTracking, PassKind, PassReport, Power, ViewedDisk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +212,49 @@ class RestorePointRecord:
     restore_point: RestorePoint
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedDisk:
+    """One disk, compared whole. `differing`: where it differs, as many ranges as the agents told."""
+
+    original: str
+    replica: str
+    size_bytes: int
+    differing_bytes: int
+    differing: tuple[ByteRange, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRecord:
+    """A complete comparison of a view: an audit or a verification in full."""
+
+    view: str
+    kind: PassKind
+    elapsed_s: float
+    disks: tuple[CheckedDisk, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything does."""
+        return any(disk.differing_bytes for disk in self.disks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigestMap:
+    """The digest map of one of the original's disks: its seed, or why there is none."""
+
+    original: str
+    seed: int | None
+    why_not: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapsRecord:
+    """The digest maps that stood for the original when it started; `why_not`: why nothing is known of any."""
+
+    maps: tuple[DigestMap, ...]
+    why_not: str
+
+
 Record = (
     Nothing
     | SurveyRecord
@@ -224,6 +267,8 @@ Record = (
     | VerifyRecord
     | ReleaseRecord
     | RestorePointRecord
+    | CheckRecord
+    | MapsRecord
     | RunLimits
     | CheckpointsRecord
     | TrackingRecord

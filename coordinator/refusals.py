@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from coordinator import refusals_disk, refusals_vm
+from coordinator import divergence, refusals_disk, refusals_vm, rooms
 from coordinator.findings import SIDES, VERSION, Case, Problem, clause
 from coordinator.model import Refusal, State
 from coordinator.states import TABLE
@@ -119,6 +119,7 @@ RULES: tuple[Rule, ...] = (
     Rule("vm-redefined", refusals_vm.vm_redefined),
     Rule("same-vm", refusals_vm.same_vm),
     Rule("both-running", refusals_vm.both_running),
+    Rule("diverged", divergence.diverged),
     Rule("original-not-off", refusals_vm.original_not_off),
     Rule("replica-not-serving", refusals_vm.replica_not_serving),
     Rule("managed-save", refusals_vm.managed_save),
@@ -151,5 +152,5 @@ RULES: tuple[Rule, ...] = (
     Rule("target-larger", refusals_disk.target_larger),
     Rule("size-not-of-sectors", refusals_disk.size_not_of_sectors),
     Rule("sector-differs", refusals_disk.sector_differs),
-    Rule("no-room", refusals_disk.no_room),
+    Rule("no-room", rooms.no_room),
 )

@@ -231,29 +231,7 @@ def sector_differs(case: Case) -> Iterator[Objection]:
             )
 
 
-def no_room(case: Case) -> Iterator[Objection]:
-    vm = case.vm(Side.REPLICA)
-    if vm is None:
-        return
-    live = vm.vm.power is Power.RUNNING
-    needed: dict[str, int] = {}
-    free: dict[str, int] = {}
-    for disk in case.mapped(Side.REPLICA):
-        if not disk.disk.chain:
-            continue
-        place = _place(disk.disk)
-        needed[place] = needed.get(place, 0) + room_needed_bytes(disk.disk, live=live)
-        free[place] = min(free.get(place, disk.disk.free_bytes), disk.disk.free_bytes)
-    for place, needed_bytes in needed.items():
-        if free[place] < needed_bytes:
-            yield (
-                place,
-                f"Host {vm.ref.host} has {free[place]} bytes free in {place} but {needed_bytes} are needed there for "
-                f"{'scratch files and ' if live else ''}overlays of the replica; make room there.",
-            )
-
-
-def _place(disk: DiskDescription) -> str:
+def place_of(disk: DiskDescription) -> str:
     """Where new files for this disk go: beside its top image, or the agent's own folder for a block device."""
     return "the agent's scratch folder" if disk.kind == "block" else str(PurePosixPath(disk.chain[0].path).parent)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from coordinator import rounds
 from coordinator.entries import EntryKind, Phase, RunRecord
 from coordinator.evidence import Rung
+from coordinator.evidence_words import evidence_sentence
 from coordinator.model import DiskPair, State
 from coordinator.plain import from_json
-from coordinator.records import PassRecord, PowerOffRecord, Prediction, SurveyRecord
+from coordinator.records import CheckRecord, PassRecord, PowerOffRecord, Prediction, SurveyRecord
 from coordinator.rounds import PREDICTED
 from coordinator.runlog import RunLog
 from protocol.messages import Power
@@ -81,6 +82,7 @@ class ClosingReport:
         started_s, ended_s: wall time, seconds since 1970.
         downtime_s: from the order to power the replica off until the original ran (or the replica ran again, or the
             state Failback was reached without power-on); None when the replica was not touched or is still off.
+        audit, verify_full: what the comparisons of whole disks found; None where none was completed.
         evidence: one sentence on what the blocks that were not written rest on.
         predicted: the downtime that was expected when the switchover began; None before that, or where the replica was
             off already.
@@ -97,6 +99,8 @@ class ClosingReport:
     disks: tuple[DiskLine, ...]
     steps: tuple[StepLine, ...]
     evidence: str
+    audit: CheckRecord | None = None
+    verify_full: CheckRecord | None = None
     predicted: Prediction | None = None
     guest_s: float | None = None
 
@@ -121,7 +125,9 @@ def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> 
         downtime_s=downtime_s(log),
         disks=lines,
         steps=_step_lines(log),
-        evidence=_evidence(lines),
+        evidence=evidence_sentence(_final(lines)),
+        audit=log.result("audit", CheckRecord),
+        verify_full=log.result("verify_full", CheckRecord),
         predicted=predicted(log),
         guest_s=_guest_s(log),
     )
@@ -211,18 +217,6 @@ def _step_lines(log: RunLog) -> tuple[StepLine, ...]:
     )
 
 
-def _evidence(lines: tuple[DiskLine, ...]) -> str:
-    if not lines:
-        return "no pass was completed: nothing is claimed of the original's disks"
-    cache = "past the page cache" if all(line.past_cache for line in lines) else "in part through the page cache only"
-    final = {line.rung for line in lines if line.pass_name == rounds.LAST_PASS} or {line.rung for line in lines}
-    tracked = {Rung.BITMAP.value, Rung.OVERLAY.value}
-    rest = "matched by digest on both sides (xxh3-128) or is known to read as zero on both"
-    if final & tracked:
-        before = "was not written since an earlier pass matched it, as the replica's host recorded"
-        rest = before if final <= tracked else f"{before}, or {rest}"
-    if Rung.MAP.value in final:
-        rest += "; where the digest map was the evidence, it stood for the original's blocks"
-    return (
-        f"every block written was read back {cache} and equals what the source sent (BLAKE3); every other block {rest}"
-    )
+def _final(lines: tuple[DiskLine, ...]) -> tuple[DiskLine, ...]:
+    """The lines that tell what the original rests on at the end: of the last pass, if there was one."""
+    return tuple(line for line in lines if line.pass_name == rounds.LAST_PASS) or lines

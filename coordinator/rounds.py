@@ -50,7 +50,7 @@ def drop_checkpoints(number: int) -> str:
 
 def is_pass(step: str | None) -> bool:
     """Whether the step of that name is a pass."""
-    return step is not None and (step == LAST_PASS or step.startswith("pass:"))
+    return step is not None and (step in (LAST_PASS, "verify_full") or step.startswith("pass:"))
 
 
 def last_round(log: RunLog) -> int:

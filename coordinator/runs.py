@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +12,7 @@ import trio
 
 from coordinator import journal, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
+from coordinator.audit_wait import end_audit, have_audit
 from coordinator.clock import Clock, SystemClock, Tokens, system_tokens
 from coordinator.config import Config
 from coordinator.context import RunContext
@@ -29,6 +30,7 @@ from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
 from coordinator.runlog import RunLog
+from coordinator.samples import take_samples
 from coordinator.states import TABLE, Verb, check_verb
 from coordinator.status import PairStatus, UndoForecast, forecast, read_status
 from coordinator.store import Store
@@ -137,12 +139,14 @@ class Coordinator:
         """The pair of that name; `UsageError` when there is none."""
         return await self._db.read(lambda connection: registry.get_pair(connection, pair))
 
-    async def findings(self, pair: str) -> Findings:
-        """What `coordinator.plan.make_plan` needs, asked of both agents now."""
+    async def findings(self, pair: str, *, sampled: bool = False) -> Findings:
+        """What `coordinator.plan.make_plan` needs, asked of both agents now; `sampled`: with samples of the disks."""
         found = await self.get_pair(pair)
         since_s = failover_since(await self.history(pair)) if found.state is State.FAILOVER else None
-        since = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if since_s is not None else None
-        return await survey(self.agents, found, failover_since=since)
+        findings = await survey(self.agents, found, self.clock, failover_s=since_s)
+        if not sampled:
+            return findings
+        return replace(findings, samples=await take_samples(self.agents, found, seed=int(self.tokens(8), 16)))
 
     # --- a run --------------------------------------------------------------------------------------------------
 
@@ -289,10 +293,30 @@ class Coordinator:
             sentence=switch_words(pair, at_s, status, answered=answered),
         )
 
-    async def commit(self, pair: str, restore_point: RestorePoint, *, observer: Observer = unobserved) -> Outcome:
-        """Failback → Ready: final. Harmless when repeated."""
+    async def commit(
+        self,
+        pair: str,
+        restore_point: RestorePoint,
+        *,
+        observer: Observer = unobserved,
+        stop: trio.Event | None = None,
+        wait_audit: bool = True,
+    ) -> Outcome:
+        """Failback → Ready: final. Harmless when repeated. `wait_audit`: have the audit's result first, from the
+        process that audits, or by doing it here, which `stop` ends; otherwise one under way is ended.
+
+        Raises:
+            AuditDiffers: it found a difference, which forbids the commit in either case; `AuditMissing`: it could not
+                be carried out.
+        """
         done = await self._already(await self.get_pair(pair), State.READY, "committed")
-        return done or await self._work(pair, Verb.COMMIT, observer, None, restore_point)
+        if done is not None:
+            return done
+        if wait_audit:
+            await have_audit(self, pair, lambda: self._work(pair, Verb.RESUME, observer, stop), observer)
+        return await end_audit(
+            self, self._db, pair, lambda: self._work(pair, Verb.COMMIT, observer, None, restore_point)
+        )
 
     async def undo(self, pair: str, *, observer: Observer = unobserved) -> Outcome:
         """Failback (or after the point of no return, Needs operator) → Failover: the replica serves again.
@@ -300,7 +324,7 @@ class Coordinator:
         Harmless when repeated.
         """
         done = await self._already(await self.get_pair(pair), State.FAILOVER, "undone")
-        return done or await self._work(pair, Verb.UNDO, observer, None)
+        return done or await end_audit(self, self._db, pair, lambda: self._work(pair, Verb.UNDO, observer, None))
 
     async def forecast_undo(self, pair: str) -> UndoForecast:
         """How long the original has run since the switchover: what undo would leave behind."""

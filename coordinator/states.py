@@ -81,7 +81,7 @@ TABLE: Mapping[State, Row] = MappingProxyType(
         State.FAILBACK: _row(
             "the original is in use again, not yet final",
             (State.COMMITTING, State.UNDOING),
-            (Verb.COMMIT, Verb.UNDO),
+            (Verb.COMMIT, Verb.UNDO, Verb.RESUME),
         ),
         State.ROLLING_BACK: _row(
             "the switchover failed and the replica is being put back into service",
@@ -136,13 +136,22 @@ def allowed_verbs(pair: Pair) -> frozenset[Verb]:
     return verbs
 
 
+def ways_on(pair: Pair) -> list[str]:
+    """The verbs to tell a person of, that lead on or out, in order. In *Failback* `resume` does no more than an audit
+    that is due, which commit does as well: there is no need to name it."""
+    verbs = allowed_verbs(pair) - IN_PASSING
+    if not TABLE[pair.state].unfinished:
+        verbs -= {Verb.RESUME}
+    return sorted(verb.value for verb in verbs)
+
+
 def describe(pair: Pair) -> str:
     """One sentence: the state, what it means and what it allows."""
     allowed = allowed_verbs(pair)
     means = TABLE[pair.state].means
     if pair.state is State.NEEDS_OPERATOR and pair.operator is not None:
         means = pair.operator.sentence
-    ways = " or ".join(f"`failback {verb} {pair.name}`" for verb in sorted(v.value for v in allowed - IN_PASSING))
+    ways = " or ".join(f"`failback {verb} {pair.name}`" for verb in ways_on(pair))
     beside = " and ".join(f"`failback {verb} {pair.name}`" for verb in sorted(v.value for v in allowed & IN_PASSING))
     ways += f" (and {beside})" if beside else ""
     return f"{pair.name} is in {pair.state.value} ({means}): {ways} is what that state allows"

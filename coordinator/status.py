@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from coordinator import journal, registry, rounds
+from coordinator.audit import AuditStatus, audit_status
 from coordinator.entries import EntryKind, Phase
 from coordinator.limits import in_force
-from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, State
+from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
 from coordinator.progress import Progress
 from coordinator.records import DiskEvidence, PassRecord, Prediction, ViewRecord, Waiting
 from coordinator.reports import downtime_s, predicted
@@ -35,6 +36,7 @@ class PairStatus:
         downtime_s: so far, while the replica is down for the switchover; the final one afterwards; None without.
         view: the last view opened in the run.
         limits: in force for the run; none of either where there is no run.
+        audit: of the run, after its switchover.
         round: number of the latest round; None before the first.
         evidence: on what the latest complete pass of each disk rested.
         prediction: the latest one of the run: while the replica serves, what the switchover would cost; later, what was
@@ -60,6 +62,7 @@ class PairStatus:
     view: str | None
     operator: OperatorCall | None
     limits: RunLimits
+    audit: AuditStatus
     outcome: str | None
     reason: str
     round: int | None = None
@@ -86,13 +89,15 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
     log = RunLog(journal.entries(connection, name, pair.run) if pair.run is not None else ())
     run = journal.get_run(connection, pair.run) if pair.run is not None else None
     unfinished = TABLE[pair.state].unfinished
-    under_way = log.open_step() if unfinished else None
+    options = run.options if run is not None else RunOptions()
+    audit = audit_status(name, options, log, running=active and pair.state is State.FAILBACK)
+    under_way = log.open_step() if unfinished or audit.running else None
     begun = None
     if under_way is not None:
         entries = log.of_step(under_way.step, under_way.phase)
         begun = next((e for e in reversed(entries) if e.kind is EntryKind.INTENT), under_way)
     failed = under_way is not None and under_way.kind is EntryKind.FAILED
-    picture = journal.load_progress(connection, name) if unfinished and active else None
+    picture = journal.load_progress(connection, name) if active and (unfinished or audit.running) else None
     prediction = log.note(PREDICTED, Prediction) if pair.state in SERVING else predicted(log)
     return PairStatus(
         pair=pair,
@@ -117,6 +122,7 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         waiting=_waiting(log) if pair.state in SERVING else None,
         operator=pair.operator,
         limits=in_force(run, log) if run is not None else RunLimits(),
+        audit=audit,
         outcome=run.outcome if run is not None else None,
         reason=run.reason if run is not None else "",
     )

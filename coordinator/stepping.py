@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from coordinator import journal
+from coordinator.audit import END_AUDIT
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, NeedsOperator
@@ -55,6 +56,10 @@ class Stepper:
             if self._is_settled(step) or not step.applies(self._context):
                 continue
             await self._run_one(step)
+
+    async def again(self, step: Step) -> None:
+        """Carry one out, also where it was done before. Raises as `run`."""
+        await self._run_one(step)
 
     def _is_settled(self, step: Step) -> bool:
         """Done, not taken back since, and what it set up still holds.
@@ -132,9 +137,14 @@ class Stepper:
     # --- stop and cancel ------------------------------------------------------------------------------------------
 
     async def boundary(self) -> None:
-        """While the replica serves: obey stop and cancel here."""
+        """While somebody is served: obey stop and cancel here, or, in an audit, who wants it to end."""
         context = self._context
         name, run = context.pair.name, context.run.id
+        if context.pair.state is State.FAILBACK:
+            asked = await context.store.write(lambda connection: journal.claim(connection, name, run, END_AUDIT))
+            if asked is not None or self._stop.is_set():
+                raise Interrupted(cancel=False)
+            return
         request = await context.store.write(lambda connection: journal.claim(connection, name, run, "cancel"))
         if request is not None:
             self.cancel_claimed = True  # kept: the step that was to be broken off may end well at this very moment

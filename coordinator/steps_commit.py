@@ -8,6 +8,7 @@ from coordinator.hooks import Hook
 from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
+from coordinator.steps_check import EndAudit
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, LiftFence, Side, Unprotect
@@ -82,4 +83,10 @@ class ResumeReplication(Step):
         return HooksRecord(names=await context.hooks.run(Hook.RESUME, context.pair, context.run.id))
 
 
-COMMIT_STEPS: tuple[Step, ...] = (DropRestorePoint(), ForgetRecords(), ReleaseReplica(), ResumeReplication())
+COMMIT_STEPS: tuple[Step, ...] = (
+    EndAudit(),
+    DropRestorePoint(),
+    ForgetRecords(),
+    ReleaseReplica(),
+    ResumeReplication(),
+)

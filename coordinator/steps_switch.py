@@ -36,6 +36,7 @@ from coordinator.steps import (
     take_fence,
     unclear,
 )
+from coordinator.steps_check import RememberMaps, VerifyFull
 from coordinator.steps_records import DropLastCheckpoints, ReadRecords
 from coordinator.steps_round import ViewStep
 from coordinator.steps_sync import READ_TRACKING, found_off, power_off
@@ -370,8 +371,10 @@ SWITCH_STEPS: tuple[Step, ...] = (
     ProtectReplica(),
     OpenLastView(),
     LastPass(),
+    VerifyFull(),
     CloseLastView(),
     Verify(),
+    RememberMaps(),
     LiftOriginalFence(),
     OriginalOn(),
 )

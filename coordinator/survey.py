@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 import trio
 
 from coordinator.agents import QUESTION_TIMEOUT_S, Agent, AgentDirectory, NamingAgent, ask
+from coordinator.clock import Clock, SystemClock
 from coordinator.entries import EntryKind, JournalEntry
 from coordinator.errors import AgentRefused, HostUnreachable, UsageError
 from coordinator.findings import NO_VM, VERSION, Findings, Problem, SideFindings
@@ -22,8 +24,14 @@ from protocol.messages import (
 )
 
 
-async def survey(agents: AgentDirectory, pair: Pair, *, failover_since: str | None = None) -> Findings:
+async def survey(
+    agents: AgentDirectory, pair: Pair, clock: Clock | None = None, *, failover_s: float | None = None
+) -> Findings:
     """What both agents say of their host and VM, asked at the same time.
+
+    Args:
+        clock: this host's, which the original's is compared with; None: the system's.
+        failover_s: when the pair entered its present *Failover*, seconds since 1970.
 
     Raises:
         UsageError: our own certificates cannot be read.
@@ -42,7 +50,16 @@ async def survey(agents: AgentDirectory, pair: Pair, *, failover_since: str | No
         nursery.start_soon(take, "replica", pair.replica)
     if ours:
         raise ours[0]
-    return Findings(original=answers["original"], replica=answers["replica"], failover_since=failover_since)
+    host = answers["original"].host
+    told = isinstance(host, HostDescription) and host.clock_s
+    since = None if failover_s is None else datetime.fromtimestamp(failover_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Findings(
+        original=answers["original"],
+        replica=answers["replica"],
+        failover_since=since,
+        failover_s=failover_s,
+        original_ahead_s=told - (clock or SystemClock()).wall_s() if told else None,
+    )
 
 
 async def survey_side(agent: Agent, ref: VmRef) -> SideFindings:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from coordinator import journal, registry
+from coordinator.audit import AuditState, audit_status, check_commit
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import WrongState
 from coordinator.limits import LIMITS, VERB, LimitsChange, read_limits
@@ -171,12 +172,14 @@ def take_over(
 
     Raises:
         WrongState: the pair's state does not allow the verb.
+        AuditDiffers: the run's audit forbids the commit.
     """
     pair = registry.get_pair(connection, name)
     check_verb(pair, verb)
     if pair.run is None:
         raise WrongState(f"{name} has no run: `failback start {name}` begins one", pair=name)
     before = pair
+    skipped = verb is Verb.COMMIT and _commits_without_audit(connection, pair)
     epoch = registry.raise_epoch(connection, name)
     pair = registry.get_pair(connection, name)
     to = _destination(before, verb)
@@ -184,6 +187,8 @@ def take_over(
         record = RestorePointRecord(restore_point=restore_point or RestorePoint.KEEP)
         sentence = f"the protective snapshot: {record.restore_point.value}"
         note(connection, pair, author, EntryKind.NOTE, RESTORE_POINT, sentence=sentence, record=record)
+    if skipped:
+        note(connection, pair, author, EntryKind.NOTE, "", sentence="committed without waiting for the audit")
     if before.state is State.NEEDS_OPERATOR:
         note(connection, pair, author, EntryKind.NOTE, OPERATOR_SAID_GO_ON, sentence=f"{verb.value} by {author.actor}")
     if to is not None:
@@ -196,6 +201,15 @@ def take_over(
         run=journal.get_run(connection, pair.run or ""),
         log=RunLog(journal.entries(connection, name, pair.run)),
     )
+
+
+def _commits_without_audit(connection: Connection, pair: Pair) -> bool:
+    """Whether the audit that was chosen has no result yet; `AuditDiffers` where its result forbids the commit."""
+    run = pair.run or ""
+    log = RunLog(journal.entries(connection, pair.name, run))
+    found = audit_status(pair.name, journal.get_run(connection, run).options, log)
+    check_commit(found, pair.name)
+    return found.state in (AuditState.DUE, AuditState.FAILED)
 
 
 def _destination(pair: Pair, verb: Verb) -> State | None:

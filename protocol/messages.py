@@ -178,6 +178,8 @@ class HostDescription:
     bulk_port: int
     fingerprint: str  # SHA-256 of the agent's certificate (DER), hex: what the peer's grant names
     missing_tools: tuple[str, ...]  # each "program (package)"
+    clock_s: float = 0.0  # its wall clock as it answers, seconds since 1970; 0: not told
+    state_free_bytes: int = 0  # room for digest maps, where the agent keeps its state; 0: not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,23 +336,34 @@ class AskEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSamples:
-    """Answer to `SampleBlocks`: a digest (xxh3-128, 16 bytes) for each offset, in order; `data_bytes`: how much of
-    the disk is data; `read_bytes_s`: how fast the samples were read, 0 where that cannot be told."""
+    """Answer to `SampleBlocks`.
+
+    Attributes:
+        digests: a digest (xxh3-128, 16 bytes) for each of the offsets, in order; where time ran out, of the first ones.
+        data_bytes: how much of the disk is data (does not surely read as zero).
+        read_bytes_s: how fast longer runs of data were read, 0 where that cannot be told.
+        offsets: the blocks of those digests, where the agent was to choose them.
+    """
 
     digests: bytes
     data_bytes: int
     read_bytes_s: float
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleBlocks:
     """What do these blocks of 64 KiB hold, about now? For estimates alone: a running VM writes meanwhile, and no
-    evidence is made of the answer."""
+    evidence is made of the answer.
+
+    `choose`: so many blocks, picked at random all over the disk's data, instead of `offsets`; in random order, so
+    that the first ones of them are a sample too. At most 4096 either way."""
 
     vm_uuid: str
     target: str
     seed: int
-    offsets: tuple[int, ...]
+    offsets: tuple[int, ...] = ()
+    choose: int = 0
     reply: ClassVar[type] = BlockSamples
 
 

@@ -55,6 +55,25 @@ def open_view(name: str, socket: Path, export: str) -> Disk:
     return NbdDisk.open(name, socket, export, writable=False, past_cache=False, connections=CONNECTIONS)
 
 
+def open_shared(name: str, image: Path, image_format: str, socket_dir: Path) -> Disk:
+    """Open an image that a running VM, or anybody else, may be writing to, for a look at it: no lock is taken, and what
+    is read may be torn or old. No evidence is made of it.
+
+    Args:
+        name: what messages call the disk.
+        image: file or block device.
+        image_format: QEMU's name of the format.
+        socket_dir: a folder for the sockets of qemu-nbd.
+
+    Raises:
+        DiskError: it cannot be opened.
+    """
+    if image_format == "raw":
+        return RawDisk.open(name, image, writable=False, idle=True)
+    server = QemuNbd.start(name, image, image_format, socket_dir, idle=True, shared=True)
+    return _served(name, server, writable=False)
+
+
 def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path) -> Disk:
     """Open the image that is held exclusively for writing; the lock lives until the last writer is gone.
 

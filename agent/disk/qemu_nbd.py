@@ -85,6 +85,7 @@ class QemuNbd:
         cached: bool = False,
         idle: bool = False,
         bitmap: str | None = None,
+        shared: bool = False,
     ) -> QemuNbd:
         """Serve an image that no VM is using.
 
@@ -99,6 +100,7 @@ class QemuNbd:
                 server that writes it (see `agent.disk.beside`).
             idle: it works under idle I/O priority (see `agent.disk.priority`).
             bitmap: a persistent bitmap of the image to export as well (context ``qemu:dirty-bitmap:NAME``).
+            shared: read an image that others may be writing to, without a lock (see `image_options`).
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
@@ -111,7 +113,9 @@ class QemuNbd:
             raise storage_error(name, str(image), "opening", error.errno or 0) from error
         server = cls(name, image, path, past_cache=past_cache, writable=held is not None and not cached)
         try:
-            options = image_options(image, image_format, is_device=is_device, locked_by_us=held is not None)
+            options = image_options(
+                image, image_format, is_device=is_device, locked_by_us=held is not None, shared=shared
+            )
             server._launch(_command(server, options, bitmap), held, idle=idle)
             server._await_ready()
         except BaseException:

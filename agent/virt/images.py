@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import stat
@@ -76,6 +75,16 @@ def _image(info: dict[str, Any]) -> Image:
     )
 
 
+def modified_s(path: Path) -> float:
+    """When the file was last written, seconds since 1970 by this host's clock; 0 for a device, whose node does not
+    tell, and for a file that cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0.0
+    return status.st_mtime if stat.S_ISREG(status.st_mode) else 0.0
+
+
 def identity(path: Path) -> str:
     """Names the inode or device, for comparison now, not for keeping: it ends with the host's uptime.
 
@@ -88,20 +97,6 @@ def identity(path: Path) -> str:
     if stat.S_ISBLK(status.st_mode):
         return f"{_boot_id()}:dev:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     return f"{_boot_id()}:{os.major(status.st_dev)}:{os.minor(status.st_dev)}:{status.st_ino}"
-
-
-def modified_s(path: Path) -> float:
-    """When a file was last written, seconds since 1970; 0 for a device, which has no such time."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UnreadableChain(f"{path} cannot be looked at: {error.strerror}.", path=str(path)) from error
-    return 0.0 if stat.S_ISBLK(status.st_mode) else status.st_mtime
-
-
-@functools.cache
-def _boot_id() -> str:
-    return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
 def free_bytes(folder: Path) -> int:

@@ -48,7 +48,7 @@ class Image:
         bitmaps: names of persistent dirty bitmaps.
         dirty, corrupt, encrypted, external_data: what makes reading by cluster map unsafe.
         keeps_bitmaps: its format can hold persistent dirty bitmaps (qcow2 from version 3 on).
-        modified_s: when it was last written, seconds since 1970 by this host's clock.
+        modified_s: when its file was last written, seconds since 1970 by this host's clock; 0: not known (devices).
         allocated_bytes: what it takes of its storage.
     """
 

@@ -23,10 +23,18 @@ from coordinator.runs import Coordinator
     show_default=True,
     help="Keep the protective snapshot of the replica as a restore point, or drop it.",
 )
+@click.option(
+    "--wait-audit/--no-wait-audit",
+    default=True,
+    help="Have the audit's result first (default), or commit without it. A difference forbids the commit either way.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
-def command(session: Session, pair: str, restore_point: str, yes: bool) -> int:
+def command(session: Session, pair: str, restore_point: str, wait_audit: bool, yes: bool) -> int:
     """Make the failback of PAIR final: it cannot be undone any more, the replica stands by again.
+
+    Waits for the audit of the run, and does it where no process works on it. An audit that found a difference forbids
+    the commit (exit code 3): `failback undo PAIR` puts the replica back into service.
 
     \b
     Example:
@@ -40,7 +48,9 @@ def command(session: Session, pair: str, restore_point: str, yes: bool) -> int:
             session,
             pair,
             coordinator,
-            lambda observer, _stop: coordinator.commit(pair, RestorePoint(restore_point), observer=observer),
+            lambda observer, stop: coordinator.commit(
+                pair, RestorePoint(restore_point), observer=observer, stop=stop, wait_audit=wait_audit
+            ),
         )
 
     return close(session, "commit", session.run(committing))

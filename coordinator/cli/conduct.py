@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from coordinator.audit import AUDIT
 from coordinator.cli.run_view import RunView
 from coordinator.errors import CoordinatorError
-from coordinator.events import Event, Notice, Observer, Outcome, StateChanged
+from coordinator.events import Event, Notice, Observer, Outcome, StateChanged, StepStarted
 from coordinator.model import State
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -26,9 +27,9 @@ class Interrupted(CoordinatorError):
 async def conduct(pair: str, state: State, view: RunView, work: Work) -> Outcome:
     """Do the work and show it until it ends.
 
-    The first SIGINT, SIGTERM or SIGHUP while the replica serves sets the stop event: the work stops at its next safe
-    boundary. In any other state the first one is answered, not obeyed. The second one ends the process at once, as a
-    crash would: `resume` goes on from the journal.
+    The first SIGINT, SIGTERM or SIGHUP while the replica serves, or in an audit, sets the stop event: the work stops at
+    its next safe boundary. In any other state the first one is answered, not obeyed. The second one ends the process at
+    once, as a crash would: `resume` goes on from the journal.
 
     Args:
         pair: its name, for the sentences.
@@ -41,11 +42,14 @@ async def conduct(pair: str, state: State, view: RunView, work: Work) -> Outcome
     """
     stop = trio.Event()
     now = [state]
-    answered = interrupted = False
+    answered = interrupted = auditing = False
 
     def observe(event: Event) -> None:
+        nonlocal auditing
         if isinstance(event, StateChanged):
             now[0] = event.state
+        if isinstance(event, StepStarted):
+            auditing = event.step == AUDIT and not event.undoing
         view.take(event)
 
     async def listen(scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -58,8 +62,8 @@ async def conduct(pair: str, state: State, view: RunView, work: Work) -> Outcome
                     scope.cancel()
                     return
                 answered = True
-                view.take(Notice(sentence=_answer(pair, now[0], signal.Signals(number).name)))
-                if now[0] in STOPPABLE:
+                view.take(Notice(sentence=_answer(pair, now[0], signal.Signals(number).name, auditing=auditing)))
+                if auditing or now[0] in STOPPABLE:
                     stop.set()
 
     outcome: Outcome | None = None
@@ -90,7 +94,9 @@ def heard_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
 
 
-def _answer(pair: str, state: State, name: str) -> str:
+def _answer(pair: str, state: State, name: str, *, auditing: bool) -> str:
+    if auditing:
+        return f"{name}: ending the audit; the failback stands, and `failback commit {pair}` does the audit again"
     if state in STOPPABLE:
         return f"{name}: stopping at the next safe boundary; `failback resume {pair}` goes on later"
     if state is State.SWITCHING:

@@ -33,18 +33,23 @@ class Followed:
     status: PairStatus
 
 
-def rests(status: PairStatus) -> bool:
-    """Whether nothing more will happen by itself."""
+def rests(status: PairStatus, *, audit: bool = False) -> bool:
+    """Whether nothing more will happen by itself; `audit`: an audit under way is not at rest."""
+    if audit and status.audit.running:
+        return False
     return status.state is State.NEEDS_OPERATOR or not TABLE[status.state].unfinished
 
 
-async def follow(coordinator: Coordinator, pair: str, view: RunView, *, poll_s: float, grace_s: float) -> Followed:
+async def follow(
+    coordinator: Coordinator, pair: str, view: RunView, *, poll_s: float, grace_s: float, audit: bool = False
+) -> Followed:
     """Show what the run does until it rests.
 
     Args:
         view: shows the events, made from the journal's new lines and the stored progress.
         poll_s: how often to look.
         grace_s: how long the run may be without a process (its unit may just be starting).
+        audit: follow an audit as well, which goes on when the switchover is over.
     """
     status = await coordinator.pair_status(pair)
     run = status.run
@@ -66,7 +71,7 @@ async def follow(coordinator: Coordinator, pair: str, view: RunView, *, poll_s: 
         if status.progress is not None and status.progress != shown and status.active:
             shown = status.progress
             view.take(Progressed(progress=shown))
-        if rests(status):
+        if rests(status, audit=audit):
             return Followed(Ending.RESTS, status)
         if status.active:
             alive_s = trio.current_time()

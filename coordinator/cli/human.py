@@ -56,8 +56,8 @@ def percent(part: int, whole: int) -> str:
 
 
 RUNGS = {
-    "bitmap": "dirty bitmap (proven)",
-    "overlay": "live overlay (proven)",
+    "bitmap": "dirty bitmap (unchanged since the view before)",
+    "overlay": "live overlay (unchanged since the view before)",
     "map": "digest map (matched, xxh3-128)",
     "extents": "extents (reads as zero)",
     "digests": "full digests (matched, xxh3-128)",

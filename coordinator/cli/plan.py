@@ -18,11 +18,17 @@ from coordinator.errors import ExitCode
 @verb("plan", "Show what a failback would do, and every reason against it.")
 @click.argument("pair", type=PAIR)
 @run_options
+@click.option(
+    "--estimate/--no-estimate",
+    default=True,
+    help="Sample the disks to tell bytes, seconds and downtime (default; takes some seconds), or not.",
+)
 @click.pass_obj
-def command(session: Session, /, pair: str, **chosen: Any) -> int:
+def command(session: Session, /, pair: str, estimate: bool, **chosen: Any) -> int:
     """Show what a failback of PAIR would do, on what evidence, and every reason against it.
 
-    Both agents are asked; nothing is changed. The options are those of `start`. Exit code 3 means that `start` would
+    Both agents are asked, and read some blocks of the disks to tell what a run would cost; nothing is changed. The
+    options are those of `start`. Exit code 3 means that `start` would
     refuse; each reason comes with its cure.
 
     \b
@@ -30,7 +36,7 @@ def command(session: Session, /, pair: str, **chosen: Any) -> int:
       failback plan web1 --no-power-on
     """
     options = chosen_options(**chosen)
-    plan = session.run(lambda coordinator: plan_run(coordinator, pair, options))
+    plan = session.run(lambda coordinator: plan_run(coordinator, pair, options, estimate=estimate))
     show_plan(session.output, plan)
     if plan.refusals:
         error = refused(plan)

@@ -105,6 +105,11 @@ _OPTIONS = (
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
     ),
     click.option(
+        "--discard-divergence",
+        is_flag=True,
+        help="Go on though the original was written to after the failover; that is lost. --yes does not imply it.",
+    ),
+    click.option(
         "--limit-network",
         type=RATE,
         help="Most that is sent over the network: 125MB, 119MiB, 1Gbit (a second), or none, the default.",
@@ -140,6 +145,7 @@ def chosen_options(
     audit: bool,
     verify: str,
     allow_larger_target: bool,
+    discard_divergence: bool,
     limit_network: Rate | None,
     limit_read: Rate | None,
 ) -> RunOptions:
@@ -152,6 +158,7 @@ def chosen_options(
         shutdown_timeout_s=shutdown_timeout_s,
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
+        discard_divergence=discard_divergence,
         limits=RunLimits().changed(limit_network, limit_read),
         kill_after_s=kill_after_s,
         switch=switch,
@@ -166,10 +173,10 @@ def chosen_options(
     )
 
 
-async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions) -> Plan:
-    """Ask both agents and make the plan; changes nothing."""
+async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions, *, estimate: bool = True) -> Plan:
+    """Ask both agents and make the plan; changes nothing. `estimate`: sample the disks, which takes some seconds."""
     known = await coordinator.get_pair(pair)
-    return make_plan(known, await coordinator.findings(pair), options)
+    return make_plan(known, await coordinator.findings(pair, sampled=estimate), options)
 
 
 def refused(plan: Plan) -> Refused:

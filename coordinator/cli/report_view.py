@@ -7,14 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
+from coordinator.audit import AuditState, differences
 from coordinator.cli import human
+from coordinator.cli.cost_view import show_costs
 from coordinator.cli.output import Output, facts, table
 from coordinator.cli.run_view import bars, progress_line
 from coordinator.cli.serving_view import downtime_words, evidence_rows
 from coordinator.entries import EntryKind, JournalEntry, Phase
 from coordinator.model import OriginalFlag, Pair, Plan, Refusal, RunLimits, State, VmRef
 from coordinator.reports import ClosingReport, DiskLine
-from coordinator.states import IN_PASSING, TABLE, allowed_verbs
+from coordinator.states import TABLE, allowed_verbs, ways_on
 from coordinator.status import PairStatus
 
 STATE_STYLES = {
@@ -42,6 +44,7 @@ def show_plan(output: Output, plan: Plan) -> None:
         output.show(disks)
         for reason, targets in _by_reason((disk.why_not_higher, disk.original) for disk in plan.disks):
             output.say(f"No higher rung for {targets}: {reason}.")
+    show_costs(output, plan)
     if plan.notes:
         output.say()
     for note in plan.notes:
@@ -124,6 +127,8 @@ def show_status(output: Output, status: PairStatus) -> None:
     rows += evidence_rows(status)
     if status.downtime_s is not None:
         rows.append(("Downtime", human.duration(status.downtime_s)))
+    if status.audit.state is not AuditState.OFF:
+        rows.append(("Audit", status.audit.sentence))
     if status.operator is not None:
         rows.append(("Operator", status.operator.sentence))
     output.show(facts(rows))
@@ -140,8 +145,7 @@ def next_words(status: PairStatus) -> str:
         return f"`failback watch {pair}`" + (
             f" or `failback cancel {pair}`" if "cancel" in {verb.value for verb in allowed_verbs(status.pair)} else ""
         )
-    verbs = sorted(verb.value for verb in allowed_verbs(status.pair) - IN_PASSING)
-    return " or ".join(f"`failback {verb} {pair}`" for verb in verbs) or "nothing"
+    return " or ".join(f"`failback {verb} {pair}`" for verb in ways_on(status.pair)) or "nothing"
 
 
 def show_report(output: Output, report: ClosingReport) -> None:
@@ -180,6 +184,10 @@ def show_report(output: Output, report: ClosingReport) -> None:
     if report.disks:  # a run that ended before its first pass has nothing to say here
         rows.append(("Sent", f"{human.size(sent)} for {human.size(whole)} of disk"))
     rows.append(("Downtime", downtime_words(report)))
+    for name, check in (("Verified whole", report.verify_full), ("Audit", report.audit)):
+        if check is not None:
+            found = differences(check) or "no difference, read whole (matched, xxh3-128)"
+            rows.append((name, f"{found}, in {human.duration(check.elapsed_s)}"))
     output.show(facts(rows))
 
 

@@ -46,7 +46,7 @@ def command(session: Session, /, pair: str, foreground: bool, yes: bool, **chose
       failback start web1 --limit-network 800Mbit --limit-read 200MB
     """
     options = chosen_options(**chosen)
-    plan = session.run(lambda coordinator: plan_run(coordinator, pair, options))
+    plan = session.run(lambda coordinator: plan_run(coordinator, pair, options, estimate=not yes))
     show_plan(session.output, plan)
     if plan.refusals:
         return _refuse(session, plan)

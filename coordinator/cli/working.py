@@ -7,6 +7,7 @@ from typing import Any
 
 import trio
 
+from coordinator.audit import AuditState
 from coordinator.cli.conduct import conduct
 from coordinator.cli.follow import Ending, Followed, follow
 from coordinator.cli.report_view import show_report
@@ -69,7 +70,9 @@ def watch_run(session: Session, verb: str, pair: str, *, wanted: State | None, m
 
     async def watching(coordinator: Coordinator) -> tuple[Followed, ClosingReport | None]:
         with run_view(output, json_lines=verb == "watch") as view:
-            followed = await follow(coordinator, pair, view, poll_s=session.poll_s, grace_s=session.grace_s)
+            followed = await follow(
+                coordinator, pair, view, poll_s=session.poll_s, grace_s=session.grace_s, audit=verb == "watch"
+            )
         try:
             report = await coordinator.report(pair) if followed.status.run is not None else None
         except UsageError:
@@ -120,4 +123,8 @@ def outcome_of(followed: Followed, report: ClosingReport | None, wanted: State |
             f"{pair} is in Failback, the original is in use: `failback commit {pair}` makes it final, "
             f"`failback undo {pair}` takes it back"
         )
+        if status.audit.state is AuditState.DIFFERS:
+            code = ExitCode.FAILED
+        if status.audit.state is not AuditState.OFF:
+            sentence += f"; {status.audit.sentence}"
     return Outcome(pair=pair, run=status.run, state=status.state, exit_code=code, sentence=sentence, report=report)

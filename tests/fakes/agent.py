@@ -40,6 +40,7 @@ from protocol.messages import (
     OnTimeout,
     OpenView,
     OrderRequest,
+    PassKind,
     PassProgress,
     PassReport,
     Ping,
@@ -67,7 +68,9 @@ from protocol.messages import (
     ViewOpened,
     VmDescription,
 )
+from tests.fakes.checks import FakeMaps
 from tests.fakes.records import FakeView, SourceRecords, TargetRecords
+from tests.fakes.samples import FakeSamples
 
 Content = dict[str, bytes]
 """What the disks hold, by target."""
@@ -143,6 +146,8 @@ class World:
         self.writes = 0
         self.passes: dict[str, _Meeting] = {}
         self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
+        self.maps = FakeMaps()
+        self.samples = FakeSamples()
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
 
     # --- what tests look at ---------------------------------------------------------------------------------------
@@ -227,8 +232,11 @@ class World:
                 return Done()
             case AskEvidence() if self.knows_evidence:
                 vm = self.vm(request.vm_uuid, host)
-                return Evidence(disks=self.proofs.answer(request.targets, vm.disks, held=vm.fence is not None))
-            case AskEvidence() | SampleBlocks():
+                told = self.proofs.answer(request.targets, vm.disks, held=vm.fence is not None)
+                return Evidence(disks=self.maps.told(told))
+            case SampleBlocks():
+                return self.samples.answer(host, request)
+            case AskEvidence():
                 raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
             case DropCheckpoints() | ReadTracking() | EndTracking() if not self.knows_evidence:
                 raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")
@@ -381,6 +389,8 @@ class World:
                 meeting.receiver_waits = False
             if meeting.failed:
                 raise AgentRefused("the source agent gave the pass up", code="peer-failed")
+            if grant.kind is not PassKind.SYNC:
+                return self.maps.report(grant, self.views[grant.view].content, self.original.disks, sends=False)
             return PassReport(view=grant.view, elapsed_s=self.pass_s, disks=self._reports(grant, sends=False))
         assert request.peer_name == "prod", "the sender calls somebody else"
         meeting.sender_came = True
@@ -399,6 +409,12 @@ class World:
         progress = tuple(_progress(disk.target, SIZE_BYTES // 2) for disk in grant.disks)
         if on_progress is not None:
             on_progress(PassProgress(disks=progress))
+        if grant.kind is not PassKind.SYNC:
+            self.fault(host, request, "midway")
+            if self.pass_hold is not None:
+                await self.pass_hold.wait()
+            meeting.ended.set()
+            return self.maps.report(grant, self.views[grant.view].content, self.original.disks, sends=True)
         self.original.condition, self.original.view = Condition.TORN, None
         assert self.original.fence is not None, "written without a fence"
         view = self.views.get(grant.view)
@@ -419,6 +435,7 @@ class World:
         for disk in moved:
             self.original.disks[disk.peer_target] = view.content[disk.target]
         for disk in grant.disks:
+            self.maps.maps[disk.peer_target] = self.original.disks[disk.peer_target]
             self.proofs.equal(disk.peer_target, self.original.disks[disk.peer_target], grant.view)
         meeting.ended.set()
         return PassReport(view=grant.view, elapsed_s=self.pass_s, disks=self._reports(grant, sends=True))

@@ -61,7 +61,7 @@ class TestPlanAndRefusals:
         result = taken_over("plan", PAIR)
         assert result.exit_code == 0
         assert "first pass while the replica web on dr serves" in result.stdout
-        assert "no dirty bitmap and no digest map is kept" in result.stdout
+        assert "no dirty bitmap and no digest map of the original" in result.stdout
         assert "failback start web" in result.stdout
         assert taken_over.world.orders == []
         plan = taken_over.json("plan", PAIR)["plan"]
@@ -226,7 +226,8 @@ class TestLooking:
         assert value["pair"] == PAIR
         assert value["newest"] == "original"
         assert value["original"]["flag"]["condition"] == "equals-view"
-        assert value["allowed"] == ["commit", "undo"]
+        assert value["allowed"] == ["commit", "resume", "undo"]
+        assert value["next"] == "`failback commit web` or `failback undo web`"
         text = taken_over("status", PAIR).stdout
         assert "original (prod/web)" in text
         assert "equals view" in text

@@ -119,7 +119,7 @@ class TestTheWayHome:
         house.world.replica.power = Power.OFF
         house.world.last_words = dict(house.world.replica.disks)
         async with house.process() as coordinator:
-            await coordinator.start_run(PAIR, RunOptions())
+            await coordinator.start_run(PAIR, RunOptions(audit=False))
             outcome = await coordinator.execute_run(PAIR)
         assert outcome.state is State.FAILBACK
         assert [type(request) for _, request in house.world.orders].count(OpenView) == 1
@@ -226,7 +226,7 @@ class TestFailures:
 
         seen: list[Event] = []
         async with house.process() as coordinator:
-            await coordinator.start_run(PAIR, RunOptions())
+            await coordinator.start_run(PAIR, RunOptions(audit=False))
             house.world.fault = broken
             with trio.fail_after(60):
                 outcome = await coordinator.execute_run(PAIR, observer=seen.append)
@@ -463,7 +463,7 @@ class TestRegistration:
 
     async def test_the_fence_comes_before_the_first_write_and_goes_after_the_last(self, house: House) -> None:
         async with house.process() as coordinator:
-            await coordinator.start_run(PAIR, RunOptions())
+            await coordinator.start_run(PAIR, RunOptions(audit=False))
             await coordinator.execute_run(PAIR)
         kinds = [type(request) for host, request in house.world.orders if host == "prod"]
         assert kinds.index(FenceVm) < kinds.index(RunPass)

@@ -20,7 +20,7 @@ from protocol.messages import Protect, Request, RunPass, SetLimits
 from tests.unit.coordinator_house import PAIR, House
 
 MB = 1_000_000
-SLOW = RunOptions(limits=RunLimits(network_bytes_s=125 * MB, read_bytes_s=200 * MB))
+SLOW = RunOptions(audit=False, limits=RunLimits(network_bytes_s=125 * MB, read_bytes_s=200 * MB))
 Pair = tuple[int | None, int | None]
 
 

@@ -1,0 +1,142 @@
+"""The steps that compare and write nothing: `--verify full` before the original may start, the audit after it did."""
+
+from __future__ import annotations
+
+from coordinator.agents import QUESTION_TIMEOUT_S, ask
+from coordinator.audit import AUDIT, differences
+from coordinator.checks import close_frozen, run_check
+from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
+from coordinator.errors import CoordinatorError
+from coordinator.records import CheckRecord, DigestMap, MapsRecord, Nothing, PassRecord, Record
+from coordinator.steps import Step, StepFailed, prove_off, take_fence
+from protocol.messages import AskEvidence, CloseView, Done, Evidence, PassKind, Side
+
+LAST_PASS = "last_pass"
+
+
+def final_view(context: RunContext) -> str:
+    """The view the original was made equal to.
+
+    Raises:
+        StepFailed: the journal has none.
+    """
+    final = context.log.result(LAST_PASS, PassRecord)
+    if final is None:
+        raise StepFailed("the journal has no complete last pass: there is nothing to compare with", code="not-verified")
+    return final.view
+
+
+class VerifyFull(Step):
+    """Both sides' storage, read whole."""
+
+    name = "verify_full"
+    sentence = "verify in full: read both sides' storage whole and compare"
+    lasts_until = LIFT_ORIGINAL_FENCE
+    of_switchover = True
+
+    def applies(self, context: RunContext) -> bool:
+        """Only if that was chosen, and while a mismatch can still roll the run back."""
+        return context.options.verify_full and not context.past_no_return
+
+    async def do(self, context: RunContext) -> CheckRecord:
+        """Compare; what differs ends the switchover."""
+        record = await run_check(context, self.name, final_view(context), PassKind.VERIFY)
+        if record.differs:
+            raise StepFailed(
+                f"the original on {context.target.host} does not hold what the replica holds: {differences(record)}; "
+                "look at its storage before the pair is failed back again",
+                code="verify-differs",
+            )
+        return record
+
+
+class RememberMaps(Step):
+    """The seeds of the original's digest maps, which stand for what it starts from."""
+
+    name = "remember_maps"
+    sentence = "note which digest maps the audit can rely on"
+    of_switchover = True
+
+    def applies(self, context: RunContext) -> bool:
+        """Only for an audit, and before the original is out of our hands."""
+        return context.options.audit and not context.past_no_return
+
+    async def do(self, context: RunContext) -> MapsRecord:
+        """Ask; a map that is missing is no reason to keep people waiting: the audit will say so."""
+        question = AskEvidence(vm_uuid=context.pair.original.uuid, targets=context.original_targets)
+        try:
+            evidence = await ask(context.target, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)
+        except CoordinatorError as error:
+            return MapsRecord(maps=(), why_not=error.sentence)
+        return MapsRecord(
+            maps=tuple(
+                DigestMap(original=disk.target, seed=disk.map_seed, why_not=disk.why_no_map) for disk in evidence.disks
+            ),
+            why_not="",
+        )
+
+
+class Audit(Step):
+    """The frozen replica, read whole, against the digest map of what the original started from."""
+
+    name = AUDIT
+    sentence = "audit: read the frozen replica whole and compare it with what the original started from"
+    undo_sentence = "close the view of the audit"
+    interruptible = True
+
+    async def do(self, context: RunContext) -> CheckRecord:
+        """Compare. A difference is a result and no failure: it forbids the commit."""
+        view, seeds = final_view(context), self._seeds(context)
+        await prove_off(context, Side.REPLICA)
+        await take_fence(context, Side.REPLICA)
+        try:
+            return await run_check(context, self.name, view, PassKind.AUDIT, seeds)
+        finally:
+            await close_frozen(context, view)
+
+    async def undo(self, context: RunContext) -> Record:
+        """Nothing of it stays."""
+        close = CloseView(order=context.order, vm_uuid=context.pair.replica.uuid, view=final_view(context))
+        await ask(context.source, close, Done)
+        return Nothing()
+
+    @staticmethod
+    def _seeds(context: RunContext) -> dict[str, int]:
+        maps = context.log.result(RememberMaps.name, MapsRecord)
+        known = {} if maps is None else {one.original: one for one in maps.maps}
+        seeds: dict[str, int] = {}
+        for target in context.original_targets:
+            found = known.get(target)
+            if found is None or found.seed is None:
+                why = "nothing is known of one"
+                if found is not None:
+                    why = found.why_not
+                elif maps is not None and maps.why_not:
+                    why = maps.why_not
+                raise StepFailed(
+                    f"the agent on {context.target.host} keeps no digest map of disk {target} as the original started "
+                    f"from it ({why.rstrip('.')}): it cannot be audited",
+                    code="no-map",
+                )
+            seeds[target] = found.seed
+        return seeds
+
+
+class EndAudit(Step):
+    """What an audit that was broken off left open."""
+
+    name = "end_audit"
+    sentence = "close the view of the audit that was not completed"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only after such a one."""
+        return context.log.intended(AUDIT) and not context.log.is_done(AUDIT)
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Close it."""
+        close = CloseView(order=context.order, vm_uuid=context.pair.replica.uuid, view=final_view(context))
+        await ask(context.source, close, Done)
+        return Nothing()
+
+
+AUDIT_STEP = Audit()
