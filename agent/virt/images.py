@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -97,6 +98,11 @@ def identity(path: Path) -> str:
     if stat.S_ISBLK(status.st_mode):
         return f"{_boot_id()}:dev:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     return f"{_boot_id()}:{os.major(status.st_dev)}:{os.minor(status.st_dev)}:{status.st_ino}"
+
+
+@functools.cache
+def _boot_id() -> str:
+    return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
 def free_bytes(folder: Path) -> int:
