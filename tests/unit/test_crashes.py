@@ -12,7 +12,7 @@ import pytest
 
 from coordinator import registry
 from coordinator.errors import AgentRefused
-from coordinator.model import Newest, Pair, RestorePoint, RunOptions, State
+from coordinator.model import Newest, Pair, RestorePoint, RunLimits, RunOptions, ShutdownPolicy, State
 from coordinator.runs import Coordinator
 from coordinator.states import TABLE, Verb, allowed_verbs
 from protocol.messages import Condition, Power, Request, RunPass
@@ -144,6 +144,13 @@ async def test_killed_anywhere_the_pair_comes_to_rest_with_nothing_lost(
         check_end(house)
 
 
+def killed_once() -> World:
+    """The replica's QEMU must be killed at the first switchover, and its bitmaps are lost."""
+    world = World()
+    world.replica.dies_hard = 1
+    return world
+
+
 def little_scratch() -> World:
     """A view of both disks fills the scratch files."""
     world = World()
@@ -158,7 +165,14 @@ def half_tracked() -> World:
     return world
 
 
+RETURNS = RunOptions(
+    shutdown_policy=ShutdownPolicy.FORCE,
+    max_downtime_s=40.0,
+    limits=RunLimits(read_bytes_s=30_000),
+    background_s=2.0,
+)
 WORLDS = [
+    pytest.param(killed_once, RETURNS, id="late-evidence"),
     pytest.param(little_scratch, RunOptions(), id="small-views"),
     pytest.param(half_tracked, RunOptions(), id="half-tracked"),
 ]
