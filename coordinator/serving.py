@@ -134,9 +134,12 @@ class Serving:
             max_downtime_s=context.options.max_downtime_s,
             pair=context.pair.name,
         )
-        self._decision = decide(situation)
+        before, self._decision = self._decision, decide(situation)
         self._earlier_s.append(prediction.total_s)
-        await context.write(EntryKind.NOTE, PREDICTED, sentence=self._decision.sentence, record=prediction)
+        sentence = _round_words(done[-1], prediction)
+        await context.write(EntryKind.NOTE, PREDICTED, sentence=sentence, record=prediction)
+        if before is None or before.next is Next.AGAIN or before.key != self._decision.key:
+            context.tell(sentence)
         if self._decision.next is not Next.AGAIN:
             self._burst, self._earlier_s = len(done), []
             self._rested_s = context.clock.monotonic_s()
@@ -205,6 +208,18 @@ class Serving:
             return journal.entries(connection, name, run)
 
         context.log.entries[:] = await context.store.write(claim)
+
+
+def _round_words(done: rounds.DoneRound, prediction: Prediction) -> str:
+    """A round in one line: on what it rested, what is left, and what the switchover would cost."""
+    rested = ", ".join(f"{disk.replica} {disk.rung}" for disk in done.passed.evidence)
+    writes = ""
+    if prediction.dirty_bytes_s is not None:
+        writes = f", the guest writes {prediction.dirty_bytes_s / (1 << 20):.1f} MiB/s"
+    return (
+        f"round {done.number} ({rested}): {prediction.delta_bytes / (1 << 20):.1f} MiB are left{writes}; about "
+        f"{prediction.total_s:.1f} s of downtime are expected"
+    )
 
 
 async def predict_now(context: RunContext) -> tuple[Measured, Prediction]:

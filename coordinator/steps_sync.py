@@ -71,6 +71,7 @@ class Survey(Step):
     name = SURVEY
     sentence = "look at both VMs and their hosts"
     lasts_until = "verify"
+    of_switchover = True  # what was seen inside one, the replica off, is not so once it is back in service
 
     async def do(self, context: RunContext) -> SurveyRecord:
         """Ask both sides; nothing is changed but the registry's memory of the hosts."""

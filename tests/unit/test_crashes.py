@@ -167,7 +167,12 @@ def half_tracked() -> World:
     return world
 
 
-RETURNS = RunOptions(shutdown_policy=ShutdownPolicy.FORCE, max_downtime_s=40.0, limits=RunLimits(read_bytes_s=30_000))
+RETURNS = RunOptions(
+    shutdown_policy=ShutdownPolicy.FORCE,
+    max_downtime_s=40.0,
+    limits=RunLimits(read_bytes_s=30_000),
+    background_s=2.0,
+)
 WORLDS = [
     pytest.param(killed_once, RETURNS, id="late-evidence"),
     pytest.param(little_scratch, RunOptions(), id="small-views"),
@@ -181,8 +186,8 @@ async def test_killed_anywhere_on_the_long_ways_the_pair_comes_to_rest(
 ) -> None:
     start = await prepared(memory_folder / "start", world=make(), options=options)
     places = await killed_in(run, start, memory_folder)
-    for number, house in enumerate(places[::2]):
-        early = Verb.CANCEL if number % 3 == 0 and number < len(places) // 4 else Verb.RESUME
+    for number, house in enumerate(places[::9]):
+        early = Verb.CANCEL if number % 3 == 0 and 9 * number < len(places) // 4 else Verb.RESUME
         await finish(house, early)
         check_end(house)
 

@@ -56,7 +56,8 @@ async def waiting_run(
         def observe(event: Event) -> None:
             seen.append(event)
             step = event.step if isinstance(event, StepDone) else None
-            if step == until and (until is not None or isinstance(event, Notice)):
+            said = isinstance(event, Notice) and not event.sentence.startswith("round ")
+            if step == until and (until is not None or said):
                 waits.set()
 
         async def work() -> None:
