@@ -91,6 +91,12 @@ class Step(ABC):
         return Nothing()
 
 
+class SwitchStep(Step):
+    """A step of the switchover."""
+
+    of_switchover = True
+
+
 # --- what several steps ask and order -----------------------------------------------------------------------------
 
 

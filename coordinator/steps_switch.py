@@ -5,11 +5,10 @@ from __future__ import annotations
 from coordinator import rounds
 from coordinator.agents import ask
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
-from coordinator.errors import STALE_EPOCH, AgentRefused, HostUnreachable, is_silent
+from coordinator.errors import AgentRefused, HostUnreachable, is_silent
 from coordinator.model import ShutdownPolicy
 from coordinator.passes import run_pass
 from coordinator.records import (
-    CheckpointsRecord,
     FenceRecord,
     Nothing,
     PassRecord,
@@ -26,6 +25,7 @@ from coordinator.steps import (
     Finding,
     Step,
     StepFailed,
+    SwitchStep,
     Verdict,
     ask_power,
     fence_record,
@@ -37,23 +37,20 @@ from coordinator.steps import (
     unclear,
 )
 from coordinator.steps_check import RememberMaps, VerifyFull
+from coordinator.steps_records import DropLastCheckpoints, ReadRecords
 from coordinator.steps_round import ViewStep
-from coordinator.steps_sync import READ_TRACKING, end_tracking, found_off, power_off
+from coordinator.steps_sync import READ_TRACKING, found_off, power_off
 from protocol.messages import (
     Condition,
-    DiskTracking,
     Done,
-    DropCheckpoints,
     LiftFence,
     OnTimeout,
     Power,
     PowerOn,
     Protect,
     Protected,
-    ReadTracking,
     Side,
     Tracking,
-    TrackingRead,
     Unprotect,
     ViewSince,
 )
@@ -124,12 +121,6 @@ async def prove_verified(context: RunContext) -> str:
     return final.view
 
 
-class SwitchStep(Step):
-    """A step of the switchover."""
-
-    of_switchover = True
-
-
 class ReplicaOff(SwitchStep):
     """Downtime begins."""
 
@@ -198,56 +189,6 @@ class FenceReplica(SwitchStep):
         lift = LiftFence(order=context.order, vm_uuid=context.pair.replica.uuid, restore_autostart=True)
         await ask(context.source, lift, Done)
         return Nothing()
-
-
-class ReadRecords(SwitchStep):
-    """What the replica's disks recorded until it went off: how much is left to copy, and whether that is proven."""
-
-    name = READ_TRACKING
-    sentence = "read what the replica wrote since the last view"
-    undo_sentence = "forget what was recorded of the replica's writes"
-
-    def applies(self, context: RunContext) -> bool:
-        """Only where something is recorded."""
-        return rounds.ever_tracked(context.log)
-
-    async def do(self, context: RunContext) -> TrackingRecord:
-        """Ask since the view that the target proves of each disk."""
-        views = rounds.latest_views(context.log)
-        since = tuple(ViewSince(target=target, view=view) for target, view in views.items())
-        order = ReadTracking(order=context.order, vm_uuid=context.pair.replica.uuid, since=since)
-        try:
-            read = await ask(context.source, order, TrackingRead)
-        except AgentRefused as error:
-            if is_silent(error) or error.code == STALE_EPOCH:
-                raise
-            # A record that cannot be read proves nothing; the rung below needs none.
-            why = error.sentence.rstrip(".")
-            return TrackingRecord(
-                disks=tuple(DiskTracking(target=t, since=None, dirty_bytes=0, why_not=why) for t in views)
-            )
-        return TrackingRecord(disks=read.disks)
-
-    async def undo(self, context: RunContext) -> Record:
-        """Remove the records while the replica is off and fenced."""
-        await end_tracking(context)
-        return Nothing()
-
-
-class DropLastCheckpoints(SwitchStep):
-    """libvirt refuses the snapshot of a domain that has checkpoints; the bitmaps stay in the images."""
-
-    name = "drop_checkpoints"
-    sentence = "drop the replica's checkpoints, keep what they recorded"
-
-    def applies(self, context: RunContext) -> bool:
-        """Only where there may be any."""
-        return rounds.ever_tracked(context.log)
-
-    async def do(self, context: RunContext) -> CheckpointsRecord:
-        """Drop them."""
-        await ask(context.source, DropCheckpoints(order=context.order, vm_uuid=context.pair.replica.uuid), Done)
-        return CheckpointsRecord(kept=())
 
 
 class ProtectReplica(SwitchStep):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from coordinator import rounds
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind
 from coordinator.model import LateEvidence, State
@@ -11,7 +10,7 @@ from coordinator.records import PowerOffRecord, Prediction, TrackingRecord
 from coordinator.rounds import PREDICTED
 from coordinator.serving import Move, known_now
 from coordinator.stepping import Stepper
-from coordinator.steps_switch import SWITCH_STEPS, FenceReplica, ReadRecords, ReplicaOff
+from coordinator.steps_switch import SWITCH_STEPS, FenceReplica, ReplicaOff
 from coordinator.steps_sync import READ_TRACKING, SYNC_STEPS
 from coordinator.timing import LATE_RETURN
 
@@ -108,7 +107,3 @@ class Switching:
 
 def _left(prediction: Prediction) -> str:
     return f"{prediction.delta_bytes / (1 << 20):.1f} MiB are left to copy"
-
-
-assert SWITCH_STEPS[BEFORE_PROTECT - 1].name == ReadRecords.name
-assert rounds.LAST_PASS in {step.name for step in SWITCH_STEPS[BEFORE_PROTECT:]}

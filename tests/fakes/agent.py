@@ -108,7 +108,7 @@ class FakeVm:
     shareable: tuple[str, ...] = ()
     held: tuple[str, ...] = ()  # disks whose image another process has open
     boots: int = 0
-    dies_hard: bool = False  # QEMU must be killed: its bitmaps are lost
+    dies_hard: int = 0  # so many times QEMU must be killed: its bitmaps are lost
 
     @property
     def is_off(self) -> bool:
@@ -327,7 +327,8 @@ class World:
         if vm.ignores_shutdown and request.on_timeout is OnTimeout.ABORT:
             raise AgentRefused(f"the VM {vm.uuid} still runs", code="shutdown-timeout")
         vm.power = Power.OFF
-        killed = vm.dies_hard
+        killed = vm.dies_hard > 0
+        vm.dies_hard -= killed
         if vm is self.replica:
             if killed:
                 self.records.kill()

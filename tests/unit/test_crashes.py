@@ -12,7 +12,7 @@ import pytest
 
 from coordinator import registry
 from coordinator.errors import AgentRefused
-from coordinator.model import Newest, Pair, RestorePoint, RunOptions, State
+from coordinator.model import Newest, Pair, RestorePoint, RunLimits, RunOptions, ShutdownPolicy, State
 from coordinator.runs import Coordinator
 from coordinator.states import TABLE, Verb, allowed_verbs
 from protocol.messages import Condition, Power, Request, RunPass
@@ -60,12 +60,12 @@ async def broken_run(coordinator: Coordinator) -> object:
     return outcome
 
 
-async def prepared(folder: Path, *before: Act) -> House:
+async def prepared(folder: Path, *before: Act, world: World | None = None, options: RunOptions | None = None) -> House:
     """A pair with a run, after `before`."""
-    house = House(folder)
+    house = House(folder, world)
     await house.register()
     async with house.process() as coordinator:
-        await coordinator.start_run(PAIR, RunOptions())
+        await coordinator.start_run(PAIR, options or RunOptions())
         for act in before:
             await act(coordinator)
     return house
@@ -143,6 +143,47 @@ async def test_killed_anywhere_the_pair_comes_to_rest_with_nothing_lost(
     # Cancel is possible in the first half of a run only: the rest is what the case before it does.
     for house in places[: len(places) // 2] if verb is Verb.CANCEL else places:
         await finish(house, verb)
+        check_end(house)
+
+
+def killed_once() -> World:
+    """The replica's QEMU must be killed at the first switchover, and its bitmaps are lost."""
+    world = World()
+    world.replica.dies_hard = 1
+    return world
+
+
+def little_scratch() -> World:
+    """A view of both disks fills the scratch files."""
+    world = World()
+    world.scratch_disks = 1
+    return world
+
+
+def half_tracked() -> World:
+    """One of the disks has no bitmaps."""
+    world = World()
+    world.records.untracked = {"vda"}
+    return world
+
+
+RETURNS = RunOptions(shutdown_policy=ShutdownPolicy.FORCE, max_downtime_s=40.0, limits=RunLimits(read_bytes_s=30_000))
+WORLDS = [
+    pytest.param(killed_once, RETURNS, id="late-evidence"),
+    pytest.param(little_scratch, RunOptions(), id="small-views"),
+    pytest.param(half_tracked, RunOptions(), id="half-tracked"),
+]
+
+
+@pytest.mark.parametrize(("make", "options"), WORLDS)
+async def test_killed_anywhere_on_the_long_ways_the_pair_comes_to_rest(
+    memory_folder: Path, make: Callable[[], World], options: RunOptions
+) -> None:
+    start = await prepared(memory_folder / "start", world=make(), options=options)
+    places = await killed_in(run, start, memory_folder)
+    for number, house in enumerate(places[::2]):
+        early = Verb.CANCEL if number % 3 == 0 and number < len(places) // 4 else Verb.RESUME
+        await finish(house, early)
         check_end(house)
 
 

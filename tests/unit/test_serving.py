@@ -10,14 +10,16 @@ import pytest
 import trio
 
 from coordinator.errors import AgentRefused, UsageError, WrongState
-from coordinator.events import Event, Notice, Outcome, StateChanged
-from coordinator.model import LateEvidence, RunOptions, ShutdownPolicy, State, SwitchPolicy
+from coordinator.events import Event, Notice, Outcome, StateChanged, StepDone
+from coordinator.model import LateEvidence, RestorePoint, RunLimits, RunOptions, ShutdownPolicy, State, SwitchPolicy
 from coordinator.runs import Coordinator
 from protocol.messages import AllowPass, DropCheckpoints, EndTracking, OpenView, Protect, Request, RunPass, Tracking
 from tests.unit.coordinator_house import PAIR, House
 
 MANUAL = RunOptions(switch=SwitchPolicy.MANUAL, background_s=5.0)
-HARD = RunOptions(shutdown_policy=ShutdownPolicy.FORCE, late_evidence=LateEvidence.RETURN, max_downtime_s=30.0)
+SLOW_READS = RunLimits(read_bytes_s=30_000)
+"""So slow that reading a whole disk takes longer than is agreed, and what is recorded does not."""
+HARD = RunOptions(shutdown_policy=ShutdownPolicy.FORCE, max_downtime_s=40.0, limits=SLOW_READS)
 
 
 @pytest.fixture
@@ -42,8 +44,10 @@ async def whole_run(house: House, options: RunOptions) -> tuple[Outcome, list[Ev
 
 
 @asynccontextmanager
-async def waiting_run(house: House, options: RunOptions) -> AsyncIterator[tuple[Coordinator, list[Event], trio.Event]]:
-    """A run that works until it waits for its moment; the event ends it, as its end does."""
+async def waiting_run(
+    house: House, options: RunOptions, *, until: str | None = None
+) -> AsyncIterator[tuple[Coordinator, list[Event], trio.Event]]:
+    """A run that works until it waits for its moment (or that step is done); the event ends it, as its end does."""
     async with house.process() as coordinator, trio.open_nursery() as nursery:
         await coordinator.start_run(PAIR, options)
         seen: list[Event] = []
@@ -51,7 +55,8 @@ async def waiting_run(house: House, options: RunOptions) -> AsyncIterator[tuple[
 
         def observe(event: Event) -> None:
             seen.append(event)
-            if isinstance(event, Notice):
+            step = event.step if isinstance(event, StepDone) else None
+            if step == until and (until is not None or isinstance(event, Notice)):
                 waits.set()
 
         async def work() -> None:
@@ -167,12 +172,11 @@ class TestScratch:
 
 class TestTheMoment:
     async def test_a_run_waits_for_a_person_and_keeps_what_is_left_small(self, house: House) -> None:
-        async with waiting_run(house, MANUAL) as (coordinator, seen, ended):
+        async with waiting_run(house, MANUAL, until="drop_checkpoints:4") as (coordinator, seen, ended):
             status = await coordinator.pair_status(PAIR)
             assert status.state is State.READY_TO_SWITCH
             assert status.prediction is not None
-            while ((await coordinator.pair_status(PAIR)).round or 0) < 4:  # noqa: ASYNC110 - another task brings it about
-                await trio.sleep(0.01)
+            assert status.round == 4
             assert (await coordinator.switch(PAIR)).run == status.run
             await ended.wait()
             again = await coordinator.switch(PAIR)
@@ -221,17 +225,10 @@ class TestLateEvidence:
         self, house: House
     ) -> None:
         world = house.world
-        world.replica.dies_hard = True
-        slow = 60.0
-
-        def measured(_host: str, request: Request, moment: str) -> None:
-            if isinstance(request, RunPass) and moment == "before":
-                world.pass_s = slow if not sinces(house)[-1].get("vda") else 1.0
-
+        world.replica.dies_hard = 2
         states: list[State] = []
         async with house.process() as coordinator, trio.open_nursery() as nursery:
             await coordinator.start_run(PAIR, HARD)
-            world.fault = measured
             waits, stop = trio.Event(), trio.Event()
 
             def observe(event: Event) -> None:
@@ -258,7 +255,7 @@ class TestLateEvidence:
         assert world.records.is_clear
 
     async def test_proceed_bears_the_longer_downtime(self, house: House) -> None:
-        house.world.replica.dies_hard = True
+        house.world.replica.dies_hard = 1
         options = RunOptions(shutdown_policy=ShutdownPolicy.FORCE, late_evidence=LateEvidence.PROCEED)
         outcome, seen = await whole_run(house, options)
         assert outcome.state is State.FAILBACK
@@ -269,8 +266,6 @@ class TestLateEvidence:
 @pytest.mark.parametrize("end", ["commit", "undo", "cancel"])
 async def test_nothing_of_ours_is_left_whichever_way_a_run_ends(house: House, end: str) -> None:
     async def ended(coordinator: Coordinator) -> object:
-        from coordinator.model import RestorePoint
-
         ways: dict[str, Callable[[], Awaitable[object]]] = {
             "commit": lambda: coordinator.commit(PAIR, RestorePoint.KEEP),
             "undo": lambda: coordinator.undo(PAIR),
@@ -279,15 +274,17 @@ async def test_nothing_of_ours_is_left_whichever_way_a_run_ends(house: House, en
         return await ways[end]()
 
     if end == "cancel":
-        async with waiting_run(house, MANUAL) as (coordinator, _, stop):
-            assert not house.world.records.is_clear
-            stop.set()
-        async with house.process() as coordinator:
-            await ended(coordinator)
+        async with waiting_run(house, MANUAL):
+            assert left(house)
     else:
         await whole_run(house, RunOptions())
-        assert not house.world.records.is_clear
-        async with house.process() as coordinator:
-            await ended(coordinator)
-    assert house.world.records.is_clear
+        assert left(house)
+    async with house.process() as coordinator:
+        await ended(coordinator)
+    assert not left(house)
     assert any(isinstance(order, EndTracking) for _, order in house.world.orders)
+
+
+def left(house: House) -> bool:
+    """Whether any record of ours is in the replica."""
+    return not house.world.records.is_clear
