@@ -33,11 +33,17 @@ class TrackingDesk:
     runtime_dir: Path
 
     def drop(self, vm_uuid: str, keep: Sequence[str]) -> None:
-        """Forget the records of all views but those in `keep`; harmless when repeated, or when the VM is gone."""
+        """Forget the records of all views but those in `keep`; harmless when repeated, or when the VM is gone.
+
+        Of a VM that is off only the checkpoints go: its images keep the bitmaps, which the last pass still reads.
+        """
         with contextlib.suppress(NoSuchDomain):
+            is_off = self.hypervisor.state(vm_uuid) is PowerState.OFF
             self.hypervisor.drop_checkpoints(vm_uuid, [tag_of(view) for view in keep])
             if not self.views.is_open(vm_uuid):  # else what it reads must stay; the next view merges as well
                 self.views.overlays.drop(vm_uuid, keep)
+            if is_off:
+                return
         self.fences.ledger.drop_trackings(vm_uuid, keep)
 
     def read(self, pair: str, vm_uuid: str, since: Sequence[ViewSince]) -> tuple[DiskTracking, ...]:

@@ -53,6 +53,10 @@ def _last_pass(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {line["original"]: line for line in report["disks"] if line["pass_name"] == "last_pass"}
 
 
+def _reasons(lines: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {target: f"{line['rung']}: {line['why_not_higher']}" for target, line in lines.items()}
+
+
 def _idle_pair(site: Site, name: str, *formats: disks.Format) -> LabPair:
     return site.make_pair(name, formats=formats, replica_role="idle")
 
@@ -85,9 +89,8 @@ def _assert_nothing_left(pair: LabPair) -> None:
             assert _bitmaps(disk.path) == []
     if vm.is_running():
         assert vm.host.virsh("domjobinfo", vm.name).split() == ["Job", "type:", "None"]
-    folders = [vm.disks[0].path.parent, vm.host.images, vm.host.folder / "lib"]
-    strays = [p for folder in folders if folder.exists() for p in folder.rglob("*") if "failback-" in p.name]
-    assert strays == []
+    assert [path for path in vm.disks[0].path.parent.iterdir() if "failback-" in path.name] == []
+    assert [path for path in (vm.host.folder / "lib").rglob("failback-*") if vm.name in str(path)] == []
 
 
 # --- what each rung copies --------------------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ def test_a_qcow2_replica_costs_the_downtime_only_what_was_written_since_the_last
         _write(pair.replica, (0, 4 * MIB, MIB), (0, 20 * MIB, 4096), (1, 0, MIB), (1, 47 * MIB, MIB))
         report = _switch(site, pair, run)
     lines = _last_pass(report)
-    assert {line["rung"] for line in lines.values()} == {"bitmap"}
+    assert {line["rung"] for line in lines.values()} == {"bitmap"}, _reasons(lines)
     assert lines["vda"]["compared_bytes"] + lines["vdb"]["compared_bytes"] <= 4 * MIB + 8 * BLOCK
     assert not pair.replica.is_running()
     pair.assert_same_disks()
@@ -127,7 +130,7 @@ def test_an_overlay_tracks_what_a_raw_replica_writes(site: Site) -> None:
         _write(pair.replica, (0, 8 * MIB, MIB), (1, 8 * MIB, MIB))
         report = _switch(site, pair, run)
     lines = _last_pass(report)
-    assert (lines["vda"]["rung"], lines["vdb"]["rung"]) == ("overlay", "bitmap")
+    assert (lines["vda"]["rung"], lines["vdb"]["rung"]) == ("overlay", "bitmap"), _reasons(lines)
     assert lines["vda"]["compared_bytes"] + lines["vda"]["changed_bytes"] <= 4 * MIB
     site.failback("undo", pair.name, "--yes")
     _assert_nothing_left(pair)
@@ -248,7 +251,8 @@ def test_a_guest_that_ignores_its_button_is_ended_gracefully_so_that_its_bitmap_
     with _ready(site, pair, *words) as run:
         _write(pair.replica, (0, 8 * MIB, MIB))
         report = _switch(site, pair, run)
-    assert _last_pass(report)["vda"]["rung"] == "bitmap"
+    lines = _last_pass(report)
+    assert lines["vda"]["rung"] == "bitmap", _reasons(lines)
     pair.assert_same_disks()
     site.failback("undo", pair.name, "--yes")
     _assert_nothing_left(pair)

@@ -41,7 +41,7 @@ class LabVm:
 
     def monitor(self) -> Monitor:
         """A monitor of ours into its QEMU, which runs."""
-        return Monitor(self.log.with_suffix(".monitor"))
+        return Monitor(monitor_of(self.disks))
 
     def has_autostart(self) -> bool:
         """Whether it starts with its host."""
@@ -57,6 +57,11 @@ class LabVm:
         """Current image by target, as the domain's definition says."""
         lines = self.host.virsh("domblklist", self.name).splitlines()[2:]
         return {target: Path(path) for target, path in (line.split(None, 1) for line in lines if line.strip())}
+
+
+def monitor_of(images: Sequence[LabDisk]) -> Path:
+    """Where a VM's monitor is: beside its first disk, in a folder that QEMU's user may write to."""
+    return images[0].path.with_name("monitor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,7 @@ class Site:
             log,
             role=role,
             ignore_acpi=ignore_acpi,
-            monitor=log.with_suffix(".monitor"),
+            monitor=monitor_of(images),
         )
         host.define(xml)
         return LabVm(host, name, tuple(images), log)

@@ -375,3 +375,12 @@ async def test_an_image_that_somebody_uses_keeps_its_bitmaps_until_asked_again(t
     held.close()
     await tracked.end()
     assert tracked.bitmaps() == set()
+
+
+async def test_what_was_written_is_still_known_once_the_checkpoints_of_a_vm_that_is_off_are_gone(
+    tracked: Tracked,
+) -> None:
+    tracked.record("r1-1")
+    await _fence(tracked)
+    await tracked.house.ask(DropCheckpoints(order=order(), vm_uuid=tracked.house.vm.uuid))
+    assert (await tracked.open("r1-2", since="r1-1")).since == "r1-1"
