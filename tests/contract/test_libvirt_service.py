@@ -117,6 +117,7 @@ def test_records_outlive_libvirtd_the_view_and_a_graceful_end(machine: PrivateHo
     second = host.open_view(UUID, list(DISKS), V2, checkpoint=True, since=since)
     assert (second.since, second.tracked) == ({"vda": V1}, frozenset({"vda"}))
     assert second.scratch["vda"].exists()
+    console.wait_for_writes(log, "vda", 1)
     host.close_view(UUID, V2)
     host.drop_checkpoints(UUID, [V2])
     host.request_shutdown(UUID)

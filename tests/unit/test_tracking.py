@@ -118,6 +118,7 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracked
         monkeypatch.setattr(sources, "open_view", from_file)
         monkeypatch.setattr(sources, "open_dirty_view", contexts)
         yield Tracked(house, path, told)
+        assert house.service.views.close_all() == ()
 
 
 async def _fence(tracked: Tracked) -> None:
