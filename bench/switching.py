@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,30 +74,28 @@ def _wait_until_ready(farm: Farm, pair: str, run: subprocess.Popen[bytes], log: 
 
 
 def _switchover(history: dict[str, Any]) -> Switchover:
-    done = {entry["step"]: entry for entry in history["entries"] if entry["kind"] == "done" and entry["phase"] == "do"}
-    report = history["report"]
+    entries, report = history["entries"], history["report"]
+    done = {entry["step"]: entry for entry in entries if entry["kind"] == "done" and entry["phase"] == "do"}
+    foretold = [json.loads(e["result"]) for e in entries if e["kind"] == "note" and e["step"] == "predicted"]
     return Switchover(
         last_pass_s=float(done["last_pass"]["elapsed_s"]),
         downtime_s=done["original_on"]["at_s"] - done["replica_off"]["at_s"],
-        predicted_s=_predicted_s(done),
+        predicted_s=float(foretold[-1]["fixed_s"]) + float(foretold[-1]["pass_s"]),
         rungs=tuple(disk["rung"] for disk in report["disks"] if disk["pass_name"] == "last_pass"),
     )
 
 
-def _predicted_s(done: dict[str, Any]) -> float:
-    """Without the guest's shutdown, which is not measured here either."""
-    record = json.loads(done["predict"]["result"])
-    return float(record["downtime_s"]) - float(record["guest_s"])
-
-
 def _scattered(farm: Farm, pair: str, disks: list[int], total_bytes: int) -> None:
-    """Write runs of 1 MiB at even distances over each disk (sizes in bytes), `total_bytes` in all, as a guest would."""
+    """Write runs of 1 MiB that do not shrink at even distances over each disk (sizes in bytes), `total_bytes` in
+    all, as a guest would."""
     count = total_bytes // RUN_BYTES // len(disks)
+    content = farm.folder / "written"
     with farm.monitor(pair) as monitor:
         for number, size in enumerate(disks):
             stride = size // count // RUN_BYTES * RUN_BYTES
             for run in range(count):
-                monitor.write(number, run * stride, RUN_BYTES, pattern=1 + run % 255)
+                content.write_bytes(os.urandom(RUN_BYTES))
+                monitor.write_file(number, run * stride, RUN_BYTES, content)
 
 
 def tracked_scale(settings: Settings) -> Result:

@@ -59,8 +59,15 @@ class Monitor:
 
         What went well QEMU prints into its own log; only what did not comes back.
         """
+        self._io(disk, f"write -P {pattern} {offset_bytes} {length_bytes}")
+
+    def write_file(self, disk: int, offset_bytes: int, length_bytes: int, content: Path) -> None:
+        """As `write`, with the first bytes of a file."""
+        self._io(disk, f"write -s {content} {offset_bytes} {length_bytes}")
+
+    def _io(self, disk: int, command: str) -> None:
         device = f"/machine/peripheral/virtio-disk{disk}/virtio-backend"
-        line = f'qemu-io -d {device} "write -P {pattern} {offset_bytes} {length_bytes}"'
+        line = f'qemu-io -d {device} "{command}"'
         told = str(self.ask("human-monitor-command", **{"command-line": line}))
         assert not told.strip(), told
 
