@@ -60,6 +60,16 @@ class OverlayTracking:
         """The files of that VM's overlays."""
         return [record.overlay for record in self._records(vm_uuid)]
 
+    def size_since(self, vm_uuid: str, target: str, view: str) -> int | None:
+        """What the overlay of that view takes of its storage by now: about what was written since; None without one."""
+        for record in self._records(vm_uuid, target):
+            if record.view == view:
+                try:
+                    return record.overlay.stat().st_blocks * 512
+                except OSError:
+                    return None
+        return None
+
     def has(self, vm_uuid: str, target: str) -> bool:
         """Whether that disk has overlays of ours."""
         return bool(self._records(vm_uuid, target))

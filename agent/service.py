@@ -40,6 +40,7 @@ from protocol.messages import (
     AllowPass,
     AskEvidence,
     AskPower,
+    AskWritten,
     CloseView,
     DescribeHost,
     Done,
@@ -137,6 +138,9 @@ class AgentService:
                 return await self._ask_power(request.vm_uuid)
             case AskEvidence():
                 return await self.threads.on_disk(lambda: self.evidence.answer(request.vm_uuid, request.targets))
+            case AskWritten():
+                uuid, since = request.vm_uuid, request.since
+                return TrackingRead(disks=await self.threads.on_libvirt(lambda: self.tracking.written(uuid, since)))
             case SampleBlocks():
                 return await self.threads.on_disk(
                     lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)

@@ -84,6 +84,28 @@ class TrackingDesk:
         log.warning("what was written to a disk is not known", vm=fence.vm_uuid, disk=target, reason=why_not)
         return DiskTracking(target=target, since=None, dirty_bytes=0, why_not=why_not)
 
+    def written(self, vm_uuid: str, since: Sequence[ViewSince]) -> tuple[DiskTracking, ...]:
+        """About how much the running VM has written since those views; a disk of which that is not known says so."""
+        counted: dict[str, dict[str, int]] = {}
+        told: list[DiskTracking] = []
+        for wanted in since:
+            size = self.views.overlays.size_since(vm_uuid, wanted.target, wanted.view)
+            if size is None:
+                tag = tag_of(wanted.view)
+                if tag not in counted:
+                    counted[tag] = self.hypervisor.written_since(vm_uuid, tag)
+                size = counted[tag].get(wanted.target)
+            known = size is not None
+            told.append(
+                DiskTracking(
+                    target=wanted.target,
+                    since=wanted.view if known else None,
+                    dirty_bytes=size or 0,
+                    why_not="" if known else f"nothing counts what is written to the disk {wanted.target}",
+                )
+            )
+        return tuple(told)
+
     def end(self, vm_uuid: str) -> None:
         """Remove everything that views of ours left in the VM; harmless when repeated.
 

@@ -6,6 +6,7 @@ a crash knows what may have happened.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
@@ -97,6 +98,16 @@ def entries_of_step(connection: Connection, pair: str, step: str) -> tuple[Journ
     """The entries of that step in every run of the pair, oldest first."""
     query = select(schema.journal).where(schema.journal.c.pair == pair, schema.journal.c.step == step)
     return tuple(_entry(row) for row in connection.execute(query.order_by(schema.journal.c.seq)))
+
+
+def last_seconds(connection: Connection, pair: str, steps: Iterable[str]) -> dict[str, float]:
+    """How long each of those steps took when it was last done: for that pair, or else for any other; those that never
+    were are missing."""
+    journal = schema.journal.c
+    wanted = (journal.step.in_(tuple(steps)), journal.kind == EntryKind.DONE.value, journal.phase == Phase.DO.value)
+    query = select(journal.step, journal.elapsed_s).where(*wanted, journal.elapsed_s.is_not(None))
+    rows = connection.execute(query.order_by(journal.pair == pair, journal.seq))
+    return {str(step): float(elapsed_s) for step, elapsed_s in rows}
 
 
 # --- requests to a live run ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ last view, copied as fast as changes were copied before; a disk of which nobody 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.context import LIFT_ORIGINAL_FENCE
 from coordinator.entries import EntryKind, JournalEntry, Phase
@@ -41,7 +41,7 @@ DEFAULT_STEP_S: Mapping[str, float] = {
     LIFT_ORIGINAL_FENCE: 0.1,
     "original_on": 0.7,
 }
-"""The orders around the last pass, by the name of their step, while nothing like them was measured in the run."""
+"""The orders around the last pass, by the name of their step, while nothing like them was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +52,15 @@ class Known:
         limits: in force now.
         guest_s: how long this guest's last shutdown took; None: never seen.
         now_s: the monotonic clock of this process; `epoch`: under which it works.
+        step_s: how long the orders around a last pass took the last time, by the name of their step; a step that no
+            switchover before this one has come to is missing.
     """
 
     limits: RunLimits
     guest_s: float | None
     now_s: float
     epoch: int
+    step_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +121,7 @@ def predict(log: RunLog, known: Known, measured: Measured, *, read: TrackingReco
         elif target in exact or target not in measured.tracked:
             whole.append(target)
     pass_s = pass_seconds(measured, delta=sum(delta.values()), whole=whole)
-    fixed_s, fixed_measured = fixed_seconds(log)
+    fixed_s, fixed_measured = fixed_seconds(log, known.step_s)
     rates = measured.dirty_bytes_s
     return Prediction(
         guest_s=GUEST_DEFAULT_S if known.guest_s is None else known.guest_s,
@@ -140,8 +143,8 @@ def pass_seconds(measured: Measured, *, delta: float, whole: Sequence[str]) -> f
     return measured.pass_s + read_s + delta / measured.copy_bytes_s
 
 
-def fixed_seconds(log: RunLog) -> tuple[float, bool]:
-    """The orders around the last pass, and whether any of them was measured in this run."""
+def fixed_seconds(log: RunLog, earlier_s: Mapping[str, float]) -> tuple[float, bool]:
+    """The orders around the last pass, and whether any of them was measured: in this run, or (`earlier_s`) before."""
     number = last_round(log)
     alike = {
         "fence_replica": ("fence_original",),
@@ -151,6 +154,8 @@ def fixed_seconds(log: RunLog) -> tuple[float, bool]:
     total, measured = 0.0, False
     for step, default_s in DEFAULT_STEP_S.items():
         took = _took_s(log, (step,))
+        if took is None:
+            took = earlier_s.get(step)
         if took is None:
             took = _took_s(log, alike.get(step, ()))
         total += default_s if took is None else took

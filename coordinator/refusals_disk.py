@@ -22,13 +22,15 @@ def room_needed_bytes(disk: DiskDescription, *, live: bool) -> int:
     * The overlay of the protective snapshot stays empty as long as the replica is off: its tables only, taken as 1 MiB
       plus what a full qcow2 mapping of 64 KiB clusters has (8 bytes each, 1/8192 of the size).
     * While the replica serves (`live`), the scratch file of the frozen view takes the old content of whatever the guest
-      overwrites during the first pass: taken as a tenth of the disk, at least 256 MiB, at most the whole disk.
+      overwrites during the first pass: taken as a tenth of what the disk's images store (of the disk, where that is not
+      known), at least 256 MiB, at most the whole disk. What was never written has no old content.
     """
     size_bytes = disk.chain[0].virtual_size_bytes
     overlay_bytes = MIB + size_bytes // 8192
     if not live:
         return overlay_bytes
-    return overlay_bytes + min(size_bytes, max(SCRATCH_FLOOR_BYTES, size_bytes // 10))
+    stored_bytes = min(size_bytes, sum(image.allocated_bytes for image in disk.chain) or size_bytes)
+    return overlay_bytes + min(size_bytes, max(SCRATCH_FLOOR_BYTES, stored_bytes // 10))
 
 
 # --- the mapping ----------------------------------------------------------------------------------------------

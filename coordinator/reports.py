@@ -193,7 +193,7 @@ def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
         verified_bytes=there.verified_bytes,
         past_cache=there.past_cache,
         rung=rung,
-        why_not_higher=there.why_not_higher if chosen is None or chosen.rung != rung else chosen.why_not_higher,
+        why_not_higher=("" if chosen is None else chosen.why_not_higher) or there.why_not_higher,
         frames=here.frames,
         stored_bytes=here.stored_bytes,
         lanes=here.lanes,

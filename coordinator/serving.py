@@ -7,20 +7,22 @@ from collections.abc import Awaitable, Callable
 from sqlalchemy import Connection
 
 from coordinator import journal, registry, rounds
+from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import RunContext
 from coordinator.convergence import Decision, Next, Situation, decide
 from coordinator.entries import EntryKind, JournalEntry
-from coordinator.errors import CoordinatorError
+from coordinator.errors import AgentRefused, CoordinatorError, HostUnreachable
 from coordinator.limits import read_limits
-from coordinator.model import RunLimits, State
-from coordinator.prediction import Known, Measured, measure, predict, shutdown_seen_s
-from coordinator.records import Prediction, RoundFailure, ViewRecord, Waiting
+from coordinator.model import State
+from coordinator.prediction import DEFAULT_STEP_S, Known, Measured, measure, predict, shutdown_seen_s
+from coordinator.records import Prediction, RoundFailure, TrackingRecord, ViewRecord, Waiting
 from coordinator.rounds import PREDICTED, WAITING
 from coordinator.stepping import INTERRUPT_POLL_S, Stepper, is_ours_no_more
 from coordinator.steps import IS_OFF, StepFailed
 from coordinator.steps_round import CloseRoundView, round_steps
 from coordinator.steps_sync import SYNC_STEPS
 from coordinator.timing import SWITCH, Trigger, judge, order_in_force
+from protocol.messages import AskWritten, TrackingRead, ViewSince
 
 STALE_S = 10.0
 """After so long a wait another round shortens the downtime again."""
@@ -226,15 +228,35 @@ async def predict_now(context: RunContext) -> tuple[Measured, Prediction]:
     """What the run has measured, and the downtime if the switchover began now."""
     known = await known_now(context)
     measured = measure(context.log, known)
-    return measured, predict(context.log, known, measured)
+    return measured, predict(context.log, known, measured, read=await written_now(context, measured))
+
+
+async def written_now(context: RunContext, measured: Measured) -> TrackingRecord | None:
+    """What has been written since the latest views, of the disks of which the source can count it; None: of none. Where
+    it cannot, or does not answer, the rate of the rounds before has to do: this is for predictions alone."""
+    latest = {target: round_.view.view for round_ in rounds.done_rounds(context.log) for target in round_.targets}
+    since = tuple(ViewSince(target=t, view=view) for t, view in sorted(latest.items()) if t in measured.tracked)
+    if not since:
+        return None
+    question = AskWritten(vm_uuid=context.pair.replica.uuid, since=since)
+    try:
+        told = await ask(context.source, question, TrackingRead, timeout_s=QUESTION_TIMEOUT_S)
+    except (AgentRefused, HostUnreachable):
+        return None
+    return TrackingRecord(disks=tuple(disk for disk in told.disks if disk.since is not None))
 
 
 async def known_now(context: RunContext) -> Known:
     """What a prediction rests on beside the journal of the run."""
     run, pair = context.run.id, context.pair.name
 
-    def read(connection: Connection) -> tuple[RunLimits, float | None]:
-        return read_limits(connection, run), shutdown_seen_s(journal.entries_of_step(connection, pair, "replica_off"))
+    def read(connection: Connection) -> Known:
+        return Known(
+            limits=read_limits(connection, run),
+            guest_s=shutdown_seen_s(journal.entries_of_step(connection, pair, "replica_off")),
+            now_s=context.clock.monotonic_s(),
+            epoch=context.epoch,
+            step_s=journal.last_seconds(connection, pair, DEFAULT_STEP_S),
+        )
 
-    limits, guest_s = await context.store.read(read)
-    return Known(limits=limits, guest_s=guest_s, now_s=context.clock.monotonic_s(), epoch=context.epoch)
+    return await context.store.read(read)

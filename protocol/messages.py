@@ -554,7 +554,7 @@ class DiskTracking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingRead:
-    """Answer to `ReadTracking`."""
+    """Answer to `ReadTracking` and `AskWritten`."""
 
     disks: tuple[DiskTracking, ...]
 
@@ -564,6 +564,16 @@ class ReadTracking:
     """How much was written to the disks of the shut-off, fenced VM since those views? Validates the records."""
 
     order: Order
+    vm_uuid: str
+    since: tuple[ViewSince, ...]
+    reply: ClassVar[type] = TrackingRead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskWritten:
+    """About how much has been written to the disks of the running VM since those views? For predictions alone: nothing
+    is proven by the answer, and it is out of date when it comes."""
+
     vm_uuid: str
     since: tuple[ViewSince, ...]
     reply: ClassVar[type] = TrackingRead
@@ -793,7 +803,7 @@ class Failure:
     facts: dict[str, str | int]
 
 
-Question = DescribeHost | InspectVm | AskPower | AskEvidence | SampleBlocks | Ping
+Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping
 OrderRequest = (
     PowerOff
     | PowerOn

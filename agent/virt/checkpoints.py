@@ -17,7 +17,7 @@ import libvirt
 from agent.errors import HypervisorError
 from agent.virt import images
 from agent.virt.connection import errors_of
-from agent.virt.domain_xml import CheckpointFacts, DomainFacts, checkpoint_xml
+from agent.virt.domain_xml import CheckpointFacts, DomainFacts, checkpoint_sizes, checkpoint_xml
 from agent.virt.inspection import all_checkpoints, facts_now, power_state
 from agent.virt.names import SNAPSHOT_MARK, is_our_bitmap, is_ours
 from agent.virt.places import Places
@@ -80,6 +80,23 @@ def require_not_foreign(domain: Any, tag: str, name: str) -> None:
         raise HypervisorError(
             f"VM {name} has a checkpoint {tag} that failback did not make: rename or delete it.", vm=name
         )
+
+
+def written_since(domain: Any, tag: str) -> dict[str, int]:
+    """See `agent.virt.seam.Hypervisor.written_since`; https://libvirt.org/formatcheckpoint.html, "size"."""
+    with errors_of("asking what it has written", domain.name()):
+        if power_state(domain) is PowerState.OFF or tag not in ours(domain):
+            return {}
+        checkpoint = _unless_gone(lambda: domain.checkpointLookupByName(tag))
+        if checkpoint is None:
+            return {}
+        try:
+            xml = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE)
+        except libvirt.libvirtError as error:
+            if _bitmap_is_lost(error, domain):
+                return {}
+            raise
+    return checkpoint_sizes(xml)
 
 
 def drop(domain: Any, keep: Sequence[str]) -> None:

@@ -360,6 +360,12 @@ def parse_checkpoint(xml: str) -> CheckpointFacts:
     )
 
 
+def checkpoint_sizes(xml: str) -> dict[str, int]:
+    """By target, what its bitmaps counted, in bytes; of a checkpoint's description that was asked for with sizes."""
+    disks = ET.fromstring(xml).findall("disks/disk")
+    return {d.get("name", ""): int(d.get("size", "0")) for d in disks if d.get("size") is not None}
+
+
 def snapshot_xml(name: str, description: str, overlays: Mapping[str, Path], excluded: Sequence[str]) -> str:
     """An external disk-only snapshot: qcow2 `overlays` by target, the other disks left out of it."""
     root = ET.Element("domainsnapshot")

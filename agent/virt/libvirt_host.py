@@ -197,6 +197,10 @@ class LibvirtHost:
         """See `agent.virt.seam.Hypervisor.drop_checkpoints`."""
         checkpoints.drop(self._connection.domain(uuid), keep)
 
+    def written_since(self, uuid: str, tag: str) -> dict[str, int]:
+        """See `agent.virt.seam.Hypervisor.written_since`."""
+        return checkpoints.written_since(self._connection.domain(uuid), tag)
+
     def drop_bitmaps(self, uuid: str) -> None:
         """See `agent.virt.seam.Hypervisor.drop_bitmaps`."""
         domain = self._connection.domain(uuid)

@@ -274,6 +274,10 @@ class Hypervisor(Protocol):
         """Delete the checkpoints of our views but for the tags in `keep`: with their bitmaps while the domain runs
         (those whose bitmap is lost, and those of a domain that is off, by metadata only). Harmless when repeated."""
 
+    def written_since(self, uuid: str, tag: str) -> dict[str, int]:
+        """By target, about how many bytes the running domain has written since the view of that tag, as its bitmaps
+        say now; disks that it does not know of are missing. Nothing is proven by it."""
+
     def drop_bitmaps(self, uuid: str) -> None:
         """Remove the dirty bitmaps of our views, and their checkpoints, from the images the running domain writes to;
         also those that no checkpoint knows any more. Those of others stay. Harmless when repeated, and when off."""

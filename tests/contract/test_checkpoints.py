@@ -41,6 +41,10 @@ def test_a_tracked_view_knows_what_was_written_since_the_one_before(rig: Rig) ->
     before = rig.read_view(first, "vda")
     rig.host.close_view(vm.uuid, V1)
     rig.let_guest_write(vm)
+    (written,) = rig.host.written_since(vm.uuid, V1).items()
+    assert written[0] == "vda"
+    assert 0 < written[1] <= SIZE_BYTES
+    assert rig.host.written_since(vm.uuid, V2) == {}
     second = _open(rig, vm, V2, since=V1)
     assert second.since == {"vda": V1}
     after = rig.read_view(second, "vda")

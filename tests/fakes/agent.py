@@ -19,6 +19,7 @@ from protocol.messages import (
     AllowPass,
     AskEvidence,
     AskPower,
+    AskWritten,
     CloseView,
     Condition,
     DescribeHost,
@@ -238,6 +239,10 @@ class World:
                 return self.samples.answer(host, request)
             case AskEvidence():
                 raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
+            case AskWritten():
+                if not self.knows_evidence:
+                    raise AgentRefused(f"{host} does not answer {type(request).__name__}", code="forbidden")
+                return TrackingRead(disks=tuple(self.records.read(since) for since in request.since))
             case DropCheckpoints() | ReadTracking() | EndTracking() if not self.knows_evidence:
                 raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")
             case _:

@@ -329,6 +329,13 @@ class FakeHypervisor:
         with self._domain(uuid) as domain:
             return domain.stalled
 
+    def written_since(self, uuid: str, tag: str) -> dict[str, int]:
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.OFF:
+                return {}
+            found = {target: domain.disks[target].bitmaps.get(tag) for target in domain.checkpoints.get(tag, ())}
+            return {target: _blocks(ranges) for target, ranges in found.items() if ranges is not None}
+
     def drop_checkpoints(self, uuid: str, keep: Sequence[str] = ()) -> None:
         with self._domain(uuid) as domain:
             for tag in [tag for tag in domain.checkpoints if tag not in keep]:
@@ -513,3 +520,9 @@ def _describe(target: str, top: FakeImage) -> DomainDisk:
         )
     except images.UnreadableChain as error:
         return replace(disk, problem=error.sentence)
+
+
+def _blocks(ranges: list[tuple[int, int]]) -> int:
+    """Bytes of the blocks of 64 KiB that the ranges touch."""
+    touched = {block for offset, length in ranges for block in range(offset >> 16, (offset + length - 1 >> 16) + 1)}
+    return len(touched) << 16

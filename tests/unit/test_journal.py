@@ -200,3 +200,24 @@ def test_one_process_holds_a_pair(tmp_path: Path) -> None:
 
 def test_options_of_a_run_from_before_there_were_limits_are_read() -> None:
     assert from_json('{"power_on":false}', RunOptions) == RunOptions(power_on=False, limits=RunLimits())
+
+
+def test_the_last_time_a_step_took_is_that_of_the_pair_or_else_of_any_other(database: Database) -> None:
+    with database.transaction() as connection:
+        known = pair_in(State.FAILOVER)
+        original, replica = (replace(vm, name="mail", uuid=f"mail-{vm.host}") for vm in (known.original, known.replica))
+        registry.add_pair(connection, replace(known, name="other", original=original, replica=replica))
+        for pair, step, elapsed_s in (
+            ("web", "verify", 1.0),
+            ("other", "verify", 9.0),
+            ("web", "verify", 2.0),
+            ("other", "protect_replica", 3.0),
+        ):
+            done = replace(entry(step, EntryKind.DONE), pair=pair, elapsed_s=elapsed_s)
+            journal.append(connection, done)
+        journal.append(connection, replace(entry("verify", EntryKind.FAILED), elapsed_s=7.0))
+    with database.reading() as connection:
+        assert journal.last_seconds(connection, "web", ("verify", "protect_replica", "original_on")) == {
+            "verify": 2.0,
+            "protect_replica": 3.0,
+        }

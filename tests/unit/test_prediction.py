@@ -7,7 +7,7 @@ import pytest
 from coordinator.entries import EntryKind, JournalEntry, Phase
 from coordinator.model import RunLimits
 from coordinator.plain import to_json
-from coordinator.prediction import Known, measure, predict, shutdown_seen_s
+from coordinator.prediction import DEFAULT_STEP_S, Known, fixed_seconds, measure, predict, shutdown_seen_s
 from coordinator.records import (
     DiskEvidence,
     PassRecord,
@@ -145,3 +145,11 @@ def test_without_failures_every_view_shows_every_disk() -> None:
     assert next_group(log, 1, ("vda", "vdb", "vdc")) == ("vda", "vdb", "vdc")
     assert group_size(log, 1, 3) == 3
     assert not is_hopeless((), ())
+
+
+def test_what_earlier_switchovers_took_counts_before_what_is_merely_alike() -> None:
+    log = tracked_run()
+    before, _ = fixed_seconds(log, {})
+    after, measured = fixed_seconds(log, {"fence_replica": 0.05, "original_on": 0.2})
+    assert measured
+    assert after == pytest.approx(before - (0.3 - 0.05) - (DEFAULT_STEP_S["original_on"] - 0.2))
