@@ -61,7 +61,8 @@ class TestPlanAndRefusals:
         result = taken_over("plan", PAIR)
         assert result.exit_code == 0
         assert "first pass while the replica web on dr serves" in result.stdout
-        assert "no dirty bitmap and no digest map of the original" in result.stdout
+        assert "First pass of vda, vdb: no earlier view of the replica is known to equal the original" in result.stdout
+        assert "more passes while each shortens the expected downtime" in result.stdout
         assert "failback start web" in result.stdout
         assert taken_over.world.orders == []
         plan = taken_over.json("plan", PAIR)["plan"]
