@@ -112,7 +112,8 @@ def _last_pass_notes(case: Case) -> Iterator[str]:
     if tracked:
         yield (
             f"Of {', '.join(tracked)} the last pass reads what the replica wrote since the pass before, and no more. "
-            "Where that record is lost when the replica goes off, it reads the disk whole; " + _late_words(case.options)
+            "Where that record is lost when the replica goes off, it reads the replica whole; "
+            + _late_words(case.options)
         )
     if whole:
         yield (
@@ -124,8 +125,8 @@ def _last_pass_notes(case: Case) -> Iterator[str]:
 def _late_words(options: RunOptions) -> str:
     if options.late_evidence is LateEvidence.PROCEED:
         return "the switchover goes on, however long that takes (--late-evidence proceed)."
-    longer = "much longer than was expected" if options.max_downtime_s is None else "longer than --max-downtime"
-    return f"should the downtime be {longer} then, the replica goes back into service (--late-evidence return)."
+    longer = "much longer than expected" if options.max_downtime_s is None else "longer than --max-downtime"
+    return f"if that makes the downtime {longer}, the replica goes back into service first (--late-evidence return)."
 
 
 def _limit_notes(case: Case) -> Iterator[str]:

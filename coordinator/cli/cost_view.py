@@ -59,11 +59,18 @@ def _row(disk: DiskEstimate) -> tuple[str, str, str, str, str]:
 
 
 def _span(interval: Interval) -> str:
-    return f"{human.size(interval.low)} to {human.size(interval.high)}"
+    return _from_to(human.size(interval.low), human.size(interval.high))
 
 
 def _seconds(interval: Interval | None) -> str:
     if interval is None:
         return "not estimated"
-    low, high = human.duration(interval.low), human.duration(interval.high)
-    return low if low == high else f"{low} to {high}"
+    return _from_to(human.duration(interval.low), human.duration(interval.high))
+
+
+def _from_to(low: str, high: str) -> str:
+    """``20.6 to 31.3 MiB``: the unit once where it is the same; ``3 min 05 s to 4 min 10 s`` as it is."""
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    return f"{number if high.partition(' ')[2] == unit else low} to {high}"

@@ -118,7 +118,7 @@ def show_status(output: Output, status: PairStatus) -> None:
         ("Pair", pair.name),
         ("State", f"{status.state.value}: {TABLE[status.state].means}"),
         ("Newest side", f"{status.newest.value} ({place(newest_vm(status))})"),
-        ("Original", f"{place(pair.original)}, disks {flag_words(status.flag)}"),
+        ("Original", f"{place(pair.original)}, {disks_words(status.flag)}"),
         ("Replica", place(pair.replica)),
     ]
     if status.run is not None:
@@ -156,9 +156,11 @@ def next_words(status: PairStatus) -> str:
     """What may be done now."""
     pair = status.pair.name
     if status.active and _unfinished(status):
-        return f"`failback watch {pair}`" + (
-            f" or `failback cancel {pair}`" if "cancel" in {verb.value for verb in allowed_verbs(status.pair)} else ""
-        )
+        allowed = {verb.value for verb in allowed_verbs(status.pair)}
+        ways = ["watch"]
+        ways += ["switch"] if status.state is State.READY_TO_SWITCH else []
+        ways += ["cancel"] if "cancel" in allowed else []
+        return " or ".join(f"`failback {way} {pair}`" for way in ways)
     return " or ".join(f"`failback {verb} {pair}`" for verb in ways_on(status.pair)) or "nothing"
 
 
@@ -215,10 +217,12 @@ def _show_evidence(output: Output, report: ClosingReport) -> None:
 
 
 def _where_by_evidence(lines: Sequence[DiskLine]) -> dict[str, str]:
-    """By evidence: the disks that rested on it, with their passes (``vda in pass 2 and last pass``)."""
+    """By evidence: the disks that rested on it, with their passes (``vda in pass 2 and the last pass``)."""
     passes: dict[str, dict[str, list[str]]] = {}
     for line in lines:
-        passes.setdefault(_evidence(line), {}).setdefault(line.original, []).append(human.step(line.pass_name))
+        name = human.step(line.pass_name)
+        named = name if name[-1:].isdigit() else f"the {name}"
+        passes.setdefault(_evidence(line), {}).setdefault(line.original, []).append(named)
     return {
         words: "; ".join(
             f"{targets} in {when}"
@@ -309,6 +313,11 @@ def _entry_words(entry: JournalEntry) -> str:
 def flag_words(flag: OriginalFlag) -> str:
     """The original's flag in words."""
     return f"equals view {flag.view}" if flag.condition == "equals-view" else flag.condition
+
+
+def disks_words(flag: OriginalFlag) -> str:
+    """The same, said of the disks: ``disks torn``, ``disks equal view r1-2``."""
+    return f"disks equal view {flag.view}" if flag.condition == "equals-view" else f"disks {flag.condition}"
 
 
 def place(vm: VmRef) -> str:

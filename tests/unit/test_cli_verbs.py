@@ -127,7 +127,9 @@ class TestARun:
             "=== Switching",
             "=== Failback",
             "Downtime",
-            "Evidence for",
+            "Evidence for vda, vdb in pass 1: ",
+            " in pass 2 and the last pass: ",
+            " for the guest's shutdown; expected were ",
         ):
             assert words in result.stdout, words
         assert "50% of 2.00 MiB" in result.stdout
@@ -231,7 +233,7 @@ class TestLooking:
         assert value["next"] == "`failback commit web` or `failback undo web`"
         text = taken_over("status", PAIR).stdout
         assert "original (prod/web)" in text
-        assert "equals view" in text
+        assert "disks equal view" in text
         assert "Next: `failback commit web` or `failback undo web`" in text
 
     def test_history_is_for_a_person_and_for_programs(self, taken_over: Command) -> None:

@@ -122,8 +122,10 @@ def test_notes_tell_what_the_last_pass_reads_of_each_disk() -> None:
     notes = "\n".join(planned().notes)
     assert "Of vda the last pass reads what the replica wrote since the pass before, and no more" in notes
     assert "Of vdb the last pass reads the replica whole while nobody is served" in notes
-    assert "much longer than was expected then, the replica goes back into service" in notes
-    assert "longer than --max-downtime then" in "\n".join(planned(RunOptions(max_downtime_s=30.0)).notes)
+    assert "makes the downtime much longer than expected, the replica goes back" in notes
+    assert "longer than --max-downtime, the replica goes back" in "\n".join(
+        planned(RunOptions(max_downtime_s=30.0)).notes
+    )
     proceed = planned(RunOptions(late_evidence=LateEvidence.PROCEED))
     assert any("the switchover goes on, however long" in note for note in proceed.notes)
 
