@@ -128,7 +128,7 @@ def _differing(record: CheckRecord | None) -> tuple[str, ...]:
 def _found(pair: str, record: CheckRecord) -> str:
     if not record.differs:
         size = sum(disk.size_bytes for disk in record.disks)
-        return f"the audit found no difference in {size} bytes, read whole (matched, xxh3-128)"
+        return f"the audit found no difference in {size / (1 << 20):.0f} MiB, read whole (matched, xxh3-128)"
     return (
         f"the audit found that the original did not start from what the replica holds: {differences(record)}; "
         f"`failback undo {pair}` puts the replica, which is whole, back into service; `failback resume {pair}` audits "

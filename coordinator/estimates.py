@@ -48,9 +48,12 @@ def map_bytes(size_bytes: int) -> int:
 
 
 def last_rung(case: Case, replica: DiskCase) -> str:
-    """The rung that the last pass of a disk is to be expected to rest on."""
-    track, off = case.options.track, replica.vm.vm.power is Power.OFF
-    if off or track is Tracking.NONE:
+    """The rung that the last pass of a disk is to be expected to rest on; empty where the replica is off already, so
+    that there is one pass alone."""
+    track = case.options.track
+    if replica.vm.vm.power is Power.OFF:
+        return ""
+    if track is Tracking.NONE:
         return "map"
     if replica.disk.chain[0].format == "qcow2":
         return "bitmap"
@@ -107,7 +110,7 @@ def _disk(case: Case, here: DiskCase, there: DiskCase, sample: DiskSample) -> Di
         changed_bytes=changed_bytes,
         first_pass_s=first_s,
         last_rung=rung,
-        last_pass_s=0.0 if tracked else read_s[0],
+        last_pass_s=0.0 if tracked else read_s[0] if rung else None,
         map_bytes=map_bytes(size_bytes),
     )
 

@@ -36,7 +36,7 @@ def rung_words(rung: str) -> str:
         case "overlay":
             return "unchanged since the view before, for the replica wrote to an overlay"
         case "map":
-            return f"{MATCHED} the original's digest map"
+            return f"{MATCHED} with the original's digest map"
         case "extents":
             return "known to read as zero on both sides"
         case _:

@@ -208,7 +208,12 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDisk:
-    """What would happen to one disk."""
+    """What would happen to one disk.
+
+    Attributes:
+        rung, why_not_higher: what the first pass is to be expected to rest on; of a replica that is off, the only one.
+        last_rung, why_last_not_higher: the same of the last pass; empty where there is only one.
+    """
 
     original: str
     replica: str
@@ -218,6 +223,8 @@ class PlannedDisk:
     target_format: str
     rung: str
     why_not_higher: str
+    last_rung: str = ""
+    why_last_not_higher: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +249,8 @@ class DiskEstimate:
         source_read_bytes, target_read_bytes: what the first pass reads on each side.
         changed_bytes: what differs now, in blocks of 64 KiB.
         first_pass_s: seconds of the first pass.
-        last_rung: what the last pass is expected to rest on; `last_pass_s`: what it reads regardless of what changed.
+        last_rung: what the last pass is expected to rest on, empty where there is one pass alone.
+        last_pass_s: seconds of what the last pass reads regardless of what changed.
         map_bytes: size of the digest map.
     """
 

@@ -6,20 +6,23 @@ from collections.abc import Iterator
 
 from coordinator.divergence import divergence_notes
 from coordinator.estimates import estimate, last_rung
+from coordinator.evidence import HAS_BITMAPS
 from coordinator.findings import Case, DiskCase, Findings
-from coordinator.model import Pair, Plan, PlannedDisk, RunOptions, ShutdownPolicy
+from coordinator.model import LateEvidence, Pair, Plan, PlannedDisk, RunOptions
+from coordinator.planned_steps import is_off, planned_steps, power_of
 from coordinator.refusals import find_refusals
 from coordinator.rooms import rooms
-from protocol.messages import Condition, Power, Side
+from protocol.messages import Condition, Power, Side, Tracking
 
 WHY_DIGESTS = (
-    "no dirty bitmap and no digest map of the original is known to be usable for the first pass, so it compares what "
-    "does not read as zero block by block on both sides (matched, xxh3-128)"
+    "no earlier view of the replica is known to equal the original, and no digest map of the original was found that "
+    "knows anything: what does not read as zero is read on both sides and matched (xxh3-128)"
 )
 WHY_MAP = (
-    "no earlier view of the replica is known to equal the original, so the first pass compares the replica with the "
-    "digest map of the original (matched, xxh3-128)"
+    "no earlier view of the replica is known to equal the original: the replica is read whole and matched (xxh3-128) "
+    "with the original's digest map"
 )
+WHY_UNTRACKED = "what the replica writes is not recorded (--track none)"
 
 
 def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
@@ -35,7 +38,7 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         pair=pair.name,
         refusals=find_refusals(case),
         disks=tuple(_planned(case, here, there) for here, there in case.found_pairs()),
-        steps=tuple(_steps(case)),
+        steps=tuple(planned_steps(case)),
         notes=(*divergence_notes(case), *_notes(case)),
         estimate=estimate(case),
         rooms=rooms(case),
@@ -45,6 +48,7 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
 def _planned(case: Case, original: DiskCase, replica: DiskCase) -> PlannedDisk:
     mapped = any(s.map_known_bytes and s.original == original.disk.target for s in case.findings.samples)
     target, source = original.disk.chain[0], replica.disk.chain[0]
+    last = last_rung(case, replica)
     return PlannedDisk(
         original=original.disk.target,
         replica=replica.disk.target,
@@ -54,39 +58,17 @@ def _planned(case: Case, original: DiskCase, replica: DiskCase) -> PlannedDisk:
         target_format=target.format,
         rung="map" if mapped else "digests",
         why_not_higher=WHY_MAP if mapped else WHY_DIGESTS,
+        last_rung=last,
+        why_last_not_higher=_why_not_tracked(case, replica) if last == "map" else "",
     )
 
 
-def _power(case: Case, side: Side) -> Power | None:
-    vm = case.vm(side)
-    return None if vm is None else vm.vm.power
-
-
-def _steps(case: Case) -> Iterator[str]:
-    original, replica, options = case.pair.original, case.pair.replica, case.options
-    yield "put the pair's replication on hold: the executables in hooks.d/hold, each exit code obeyed"
-    if _power(case, Side.ORIGINAL) is Power.RUNNING and options.power_off_original:
-        yield f"power off the original {original.name} on {original.host}"
-    yield f"fence the original {original.name}: its autostart off, its images locked"
-    if _power(case, Side.REPLICA) is Power.OFF:
-        yield f"fence the replica {replica.name}, which is off already, and take the protective snapshot"
-        yield "one pass: make the original's disks equal the replica's, and verify"
-    else:
-        yield f"first pass while the replica {replica.name} on {replica.host} serves"
-        yield f"switchover: shut the replica down ({_shutdown(options)}) and prove it off"
-        yield "take the protective snapshot of the replica"
-        yield "last pass: what the replica wrote since the first one, and verify"
-    if options.power_on:
-        yield f"point of no return: lift the original's fence and power {original.name} on"
-    else:
-        yield "point of no return: lift the original's fence and leave it off (--no-power-on)"
-    yield f"Failback: until `failback commit {case.pair.name}`, `failback undo {case.pair.name}` takes everything back"
-
-
-def _shutdown(options: RunOptions) -> str:
-    force = options.shutdown_policy is ShutdownPolicy.FORCE
-    late = "it is powered off by force" if force else "it stays on and the run rolls back"
-    return f"within {options.shutdown_timeout_s:.0f} s, otherwise {late}"
+def _why_not_tracked(case: Case, replica: DiskCase) -> str:
+    """Why nothing will record what the replica writes to this disk."""
+    if case.options.track is Tracking.NONE:
+        return WHY_UNTRACKED
+    format_ = replica.disk.chain[0].format
+    return f"{format_} has no dirty bitmaps ({HAS_BITMAPS} has); --track overlay records what is written to it"
 
 
 def _notes(case: Case) -> Iterator[str]:
@@ -100,34 +82,51 @@ def _notes(case: Case) -> Iterator[str]:
             "The original is torn already: an earlier run wrote to it and did not finish, so it must not boot until "
             "this one has."
         )
-    if _power(case, Side.REPLICA) is Power.OFF:
+    if is_off(case):
         yield f"The replica {replica.name} is off: one pass is enough, and nobody is served meanwhile."
-    elif _power(case, Side.REPLICA) is Power.RUNNING:
+    elif power_of(case, Side.REPLICA) is Power.RUNNING:
         yield from _last_pass_notes(case)
-    if _power(case, Side.ORIGINAL) is Power.RUNNING and case.options.power_off_original:
+    if power_of(case, Side.ORIGINAL) is Power.RUNNING and case.options.power_off_original:
         yield (
             f"The original {original.name} runs now; whatever it wrote since the failover is lost "
             "(--power-off-original)."
         )
     yield (
-        "Every block written is read back past the page cache and compared with the BLAKE3 digest the source "
-        "made of it "
-        "before the original may start."
+        "What is written to the original is read back past the page cache, where its storage can do that, and compared "
+        "with the BLAKE3 digest the source made of it, before the original may start."
     )
+    if not case.options.audit:
+        yield (
+            "Without an audit (--no-audit) nothing would find what a record of the replica's writes may have missed"
+            + (": nothing but --verify full does." if not case.options.verify_full else "; --verify full does.")
+        )
     yield from _limit_notes(case)
     yield from _disk_notes(case)
 
 
 def _last_pass_notes(case: Case) -> Iterator[str]:
     """What the last pass reads while nobody is served, by what is recorded of the replica's writes."""
-    whole = [there.disk.target for _, there in case.found_pairs() if last_rung(case, there) == "map"]
-    if not whole:
-        yield "The last pass reads what the replica wrote since the pass before and no more: a bitmap or overlay tells."
-        return
-    yield (
-        f"The last pass reads {', '.join(whole)} of the replica whole while nobody is served, because nothing records "
-        "what is written there; the time of the first pass is a fair measure of the downtime."
-    )
+    rungs = {there.disk.target: last_rung(case, there) for _, there in case.found_pairs()}
+    whole = [target for target, rung in rungs.items() if rung == "map"]
+    tracked = [target for target, rung in rungs.items() if rung != "map"]
+    if tracked:
+        yield (
+            f"Of {', '.join(tracked)} the last pass reads what the replica wrote since the pass before, and no more. "
+            "Where that record is lost when the replica goes off, it reads the replica whole; "
+            + _late_words(case.options)
+        )
+    if whole:
+        yield (
+            f"Of {', '.join(whole)} the last pass reads the replica whole while nobody is served, since nothing "
+            "records what is written there, and the original where its digest map does not know a block."
+        )
+
+
+def _late_words(options: RunOptions) -> str:
+    if options.late_evidence is LateEvidence.PROCEED:
+        return "the switchover goes on, however long that takes (--late-evidence proceed)."
+    longer = "much longer than expected" if options.max_downtime_s is None else "longer than --max-downtime"
+    return f"if that makes the downtime {longer}, the replica goes back into service first (--late-evidence return)."
 
 
 def _limit_notes(case: Case) -> Iterator[str]:

@@ -215,13 +215,13 @@ class Serving:
 def _round_words(done: rounds.DoneRound, prediction: Prediction) -> str:
     """A round in one line: on what it rested, what is left, and what the switchover would cost."""
     rested = ", ".join(f"{disk.replica} {disk.rung}" for disk in done.passed.evidence)
-    writes = ""
+    left = "how fast the guest writes is not known yet"
     if prediction.dirty_bytes_s is not None:
-        writes = f", the guest writes {prediction.dirty_bytes_s / (1 << 20):.1f} MiB/s"
-    return (
-        f"round {done.number} ({rested}): {prediction.delta_bytes / (1 << 20):.1f} MiB are left{writes}; about "
-        f"{prediction.total_s:.1f} s of downtime are expected"
-    )
+        left = (
+            f"{prediction.delta_bytes / (1 << 20):.1f} MiB are left, the guest writes "
+            f"{prediction.dirty_bytes_s / (1 << 20):.1f} MiB/s"
+        )
+    return f"round {done.number} ({rested}): {left}; about {prediction.total_s:.1f} s of downtime are expected"
 
 
 async def predict_now(context: RunContext) -> tuple[Measured, Prediction]:

@@ -21,9 +21,13 @@ def show_costs(output: Output, plan: Plan) -> None:
         for disk in estimate.disks:
             if disk.why_not:
                 output.say(f"Not estimated for {disk.original}: {disk.why_not.rstrip('.')}.")
-        output.say(f"First pass: {_seconds(estimate.first_pass_s)}, while the replica serves.")
-        downtime = "not estimated" if estimate.downtime_s is None else f"about {human.duration(estimate.downtime_s)}"
-        output.say(f"Downtime: {downtime}; {estimate.sentence}.")
+        if any(disk.last_rung for disk in estimate.disks):
+            downtime = estimate.downtime_s
+            told = "not estimated" if downtime is None else f"about {human.duration(downtime)}"
+            output.say(f"First pass: {_seconds(estimate.first_pass_s)}, while the replica serves.")
+            output.say(f"Downtime: {told}; {estimate.sentence}.")
+        else:
+            output.say(f"The only pass: {_seconds(estimate.first_pass_s)}; the replica is off, so nobody is served.")
     for room in plan.rooms:
         free = "free room not told" if room.free_bytes is None else f"{human.size(room.free_bytes)} free"
         output.say(f"Room on {room.host} in {room.place}: {human.size(room.needed_bytes)} for {room.purpose}, {free}.")
@@ -40,7 +44,7 @@ def cost_tables(plan: Plan) -> Iterator[Table]:
 
 
 def _row(disk: DiskEstimate) -> tuple[str, str, str, str, str]:
-    last = human.rung(disk.last_rung).partition(" (")[0]
+    last = human.rung_name(disk.last_rung) or "-"
     if disk.why_not:
         return disk.original, "-", "not estimated", "-", last
     changed = disk.changed_bytes
@@ -55,11 +59,18 @@ def _row(disk: DiskEstimate) -> tuple[str, str, str, str, str]:
 
 
 def _span(interval: Interval) -> str:
-    return f"{human.size(interval.low)} to {human.size(interval.high)}"
+    return _from_to(human.size(interval.low), human.size(interval.high))
 
 
 def _seconds(interval: Interval | None) -> str:
     if interval is None:
         return "not estimated"
-    low, high = human.duration(interval.low), human.duration(interval.high)
-    return low if low == high else f"{low} to {high}"
+    return _from_to(human.duration(interval.low), human.duration(interval.high))
+
+
+def _from_to(low: str, high: str) -> str:
+    """``20.6 to 31.3 MiB``: the unit once where it is the same; ``3 min 05 s to 4 min 10 s`` as it is."""
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    return f"{number if high.partition(' ')[2] == unit else low} to {high}"

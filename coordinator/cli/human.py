@@ -69,6 +69,11 @@ def rung(code: str) -> str:
     return RUNGS.get(code, code)
 
 
+def rung_name(code: str) -> str:
+    """The same without what it claims: ``digest map``."""
+    return rung(code).partition(" (")[0]
+
+
 def step(name: str) -> str:
     """A step's name as a person reads it: ``last_pass`` is ``last pass``, ``pass:2`` is ``pass 2``."""
     return name.replace("_", " ").replace(":", " ")

@@ -51,6 +51,7 @@ _OPTIONS = (
         "--switch",
         "switch_when",
         type=SWITCH_WHEN,
+        metavar=SWITCH_WHEN.name,
         default=SwitchPolicy.AUTO.value,
         show_default=True,
         help="When to switch: as soon as little is left, at a time (2031-01-31T02:00+01:00, or the next 02:00), or "
@@ -75,16 +76,16 @@ _OPTIONS = (
         type=click.Choice([policy.value for policy in LateEvidence]),
         default=LateEvidence.RETURN.value,
         show_default=True,
-        help="If after the replica's power-off the downtime turns out longer than agreed: put it back into service, or "
-        "go on.",
+        help="If evidence is lost when the replica goes off, and the downtime would be longer than --max-downtime, or "
+        "much longer than expected: put it back into service, or go on.",
     ),
     click.option(
         "--track",
         type=click.Choice(sorted(TRACKING)),
         default="auto",
         show_default=True,
-        help="Record what the replica writes between passes: by dirty bitmaps, by a live overlay where its disks have "
-        "none, or not at all.",
+        help="How to record what the replica writes between passes. auto: by dirty bitmaps, which qcow2 disks have; "
+        "overlay: by live overlays as well, for the other disks; none: not at all, each pass reads the replica whole.",
     ),
     click.option(
         "--freeze-guest", is_flag=True, help="Freeze the guest's file systems for the instant of the first view."
@@ -92,14 +93,15 @@ _OPTIONS = (
     click.option(
         "--audit/--no-audit",
         default=True,
-        help="After the switchover, read the replica whole and compare it with what the original started from.",
+        help="After the switchover, read the replica whole and compare it with what the original started from "
+        "(default: do so). It costs no downtime.",
     ),
     click.option(
         "--verify",
         type=click.Choice(["written", "full"]),
         default="written",
         show_default=True,
-        help="Before the original starts, verify what was written, or read both sides whole.",
+        help="Before the original starts, read back what was written, or both sides whole, which costs downtime.",
     ),
     click.option(
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."

@@ -35,21 +35,35 @@ def show_plan(output: Output, plan: Plan) -> None:
         output.item(f"{number:3}.", step)
     if plan.disks:
         output.say()
-        disks = table("Original", "Replica", "Size", "Format", "Evidence", right=("Size",))
-        for disk in plan.disks:
-            formats = f"{disk.source_format} -> {disk.target_format}"
-            disks.add_row(
-                disk.original, disk.replica, human.size(disk.source_size_bytes), formats, human.rung(disk.rung)
-            )
-        output.show(disks)
-        for reason, targets in _by_reason((disk.why_not_higher, disk.original) for disk in plan.disks):
-            output.say(f"No higher rung for {targets}: {reason}.")
+        _show_planned_disks(output, plan)
     show_costs(output, plan)
     if plan.notes:
         output.say()
     for note in plan.notes:
         output.item("  *", note)
     show_refusals(output, plan.refusals)
+
+
+def _show_planned_disks(output: Output, plan: Plan) -> None:
+    """What each disk's passes are to be expected to rest on, and why on nothing higher."""
+    once = not any(disk.last_rung for disk in plan.disks)
+    columns = ("The pass rests on",) if once else ("First pass", "Last pass")
+    disks = table("Original", "Replica", "Size", "Format", *columns, right=("Size",))
+    for disk in plan.disks:
+        rungs = (disk.rung,) if once else (disk.rung, disk.last_rung)
+        disks.add_row(
+            disk.original,
+            disk.replica,
+            human.size(disk.source_size_bytes),
+            f"{disk.source_format} -> {disk.target_format}",
+            *(human.rung_name(rung) for rung in rungs),
+        )
+    output.show(disks)
+    for reason, targets in _by_reason((disk.why_not_higher, disk.original) for disk in plan.disks):
+        output.say(f"{'The' if once else 'First'} pass of {targets}: {reason}.")
+    tracked = [(d.why_last_not_higher, d.original) for d in plan.disks if d.why_last_not_higher]
+    for reason, targets in _by_reason(tracked):
+        output.say(f"Last pass of {targets}: {reason}.")
 
 
 def show_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
@@ -104,7 +118,7 @@ def show_status(output: Output, status: PairStatus) -> None:
         ("Pair", pair.name),
         ("State", f"{status.state.value}: {TABLE[status.state].means}"),
         ("Newest side", f"{status.newest.value} ({place(newest_vm(status))})"),
-        ("Original", f"{place(pair.original)}, disks {flag_words(status.flag)}"),
+        ("Original", f"{place(pair.original)}, {disks_words(status.flag)}"),
         ("Replica", place(pair.replica)),
     ]
     if status.run is not None:
@@ -142,9 +156,11 @@ def next_words(status: PairStatus) -> str:
     """What may be done now."""
     pair = status.pair.name
     if status.active and _unfinished(status):
-        return f"`failback watch {pair}`" + (
-            f" or `failback cancel {pair}`" if "cancel" in {verb.value for verb in allowed_verbs(status.pair)} else ""
-        )
+        allowed = {verb.value for verb in allowed_verbs(status.pair)}
+        ways = ["watch"]
+        ways += ["switch"] if status.state is State.READY_TO_SWITCH else []
+        ways += ["cancel"] if "cancel" in allowed else []
+        return " or ".join(f"`failback {way} {pair}`" for way in ways)
     return " or ".join(f"`failback {verb} {pair}`" for verb in ways_on(status.pair)) or "nothing"
 
 
@@ -192,12 +208,28 @@ def show_report(output: Output, report: ClosingReport) -> None:
 
 
 def _show_evidence(output: Output, report: ClosingReport) -> None:
-    for words, targets in _by_reason((_evidence(line), line.original) for line in report.disks):
-        output.say(f"Evidence for {targets}: {words}.")
+    for words, where in _where_by_evidence(report.disks).items():
+        output.say(f"Evidence for {where}: {words}.")
     for line in report.disks:
         output.say(f"{human.step(line.pass_name).capitalize()} of {line.original}: {_transfer(line)}.")
     if report.evidence:
         output.say(f"{report.evidence[:1].upper()}{report.evidence[1:].rstrip('.')}.")
+
+
+def _where_by_evidence(lines: Sequence[DiskLine]) -> dict[str, str]:
+    """By evidence: the disks that rested on it, with their passes (``vda in pass 2 and the last pass``)."""
+    passes: dict[str, dict[str, list[str]]] = {}
+    for line in lines:
+        name = human.step(line.pass_name)
+        named = name if name[-1:].isdigit() else f"the {name}"
+        passes.setdefault(_evidence(line), {}).setdefault(line.original, []).append(named)
+    return {
+        words: "; ".join(
+            f"{targets} in {when}"
+            for when, targets in _by_reason((" and ".join(names), target) for target, names in of_disk.items())
+        )
+        for words, of_disk in passes.items()
+    }
 
 
 def _evidence(line: DiskLine) -> str:
@@ -281,6 +313,11 @@ def _entry_words(entry: JournalEntry) -> str:
 def flag_words(flag: OriginalFlag) -> str:
     """The original's flag in words."""
     return f"equals view {flag.view}" if flag.condition == "equals-view" else flag.condition
+
+
+def disks_words(flag: OriginalFlag) -> str:
+    """The same, said of the disks: ``disks torn``, ``disks equal view r1-2``."""
+    return f"disks equal view {flag.view}" if flag.condition == "equals-view" else f"disks {flag.condition}"
 
 
 def place(vm: VmRef) -> str:

@@ -20,7 +20,7 @@ def evidence_rows(status: PairStatus) -> list[tuple[str, str]]:
             rows.append(("Left", left_words(status.prediction)))
         rows.append(("Expected", expected_words(status.prediction)))
     if status.waiting is not None:
-        rows.append(("Waits", status.waiting))
+        rows.append(("Waits", status.waiting.removeprefix("waits ")))
     return rows
 
 
@@ -55,7 +55,11 @@ def downtime_words(report: ClosingReport) -> str:
         words += f", {human.duration(report.guest_s)} of it for the guest's shutdown"
     if report.predicted is not None:
         expected = report.predicted
-        words += f"; expected were {human.duration(expected.total_s)} ({human.duration(expected.guest_s)} of it)"
+        guess = "" if expected.guest_seen else ", a guess"
+        words += (
+            f"; expected were {human.duration(expected.total_s)} ({human.duration(expected.guest_s)} for the guest's "
+            f"shutdown{guess})"
+        )
     return words
 
 

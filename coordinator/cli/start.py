@@ -40,9 +40,13 @@ def command(session: Session, /, pair: str, foreground: bool, yes: bool, **chose
     terminal ends the watching, not the run. In the foreground Ctrl-C stops at the next safe boundary; `failback
     resume PAIR` goes on from there. Until `failback commit`, everything can be undone.
 
+    Passes go on while each shortens the expected downtime. Then the run is Ready to switch, and switches when --switch
+    and --max-downtime let it; `failback status PAIR` tells what it waits for.
+
     \b
     Example:
       failback start web1 --shutdown-timeout 10m --shutdown-policy force
+      failback start web1 --switch at 02:00 --max-downtime 30s
       failback start web1 --limit-network 800Mbit --limit-read 200MB
     """
     options = chosen_options(**chosen)

@@ -14,10 +14,11 @@ from coordinator.cli.verb import verb
 @click.option("--at", "at_s", type=MOMENT, help="Not now but then: 2031-01-31T02:00+01:00, or the next local 02:00.")
 @click.pass_obj
 def command(session: Session, pair: str, at_s: float | None) -> None:
-    """Switch the run of PAIR over: whatever `start` was told, and however long the downtime would be.
+    """Switch the run of PAIR over now, or say when; this goes above what `start --switch` said.
 
-    A pass under way is completed first. With --at the switchover begins at that time, as long as the run is ready then
-    or within 15 minutes after it. Repeated, it changes nothing.
+    Now: a pass under way is completed first, then the switchover begins, however long the downtime would be
+    (`status` tells). With --at it begins at that time, if the run is ready then or within 15 minutes after it, and
+    as --max-downtime allows. Repeated, it changes nothing.
 
     \b
     Example:

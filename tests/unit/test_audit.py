@@ -67,7 +67,7 @@ async def test_a_clean_audit_is_told_and_state_stays_failback(house: House) -> N
     async with house.process() as coordinator:
         sentence = await fail_back(house, coordinator)
         status = await coordinator.pair_status(PAIR)
-    assert "the audit found no difference in 2097152 bytes" in sentence
+    assert "the audit found no difference in 2 MiB" in sentence
     assert (status.state, status.audit.state) == (State.FAILBACK, AuditState.CLEAN)
     seeds = {disk.digest_seed for grant in grants(house, PassKind.AUDIT) for disk in grant.disks}
     assert seeds == set(house.world.proofs.maps.values())

@@ -61,7 +61,8 @@ class TestPlanAndRefusals:
         result = taken_over("plan", PAIR)
         assert result.exit_code == 0
         assert "first pass while the replica web on dr serves" in result.stdout
-        assert "no dirty bitmap and no digest map of the original" in result.stdout
+        assert "First pass of vda, vdb: no earlier view of the replica is known to equal the original" in result.stdout
+        assert "more passes while each shortens the expected downtime" in result.stdout
         assert "failback start web" in result.stdout
         assert taken_over.world.orders == []
         plan = taken_over.json("plan", PAIR)["plan"]
@@ -126,7 +127,9 @@ class TestARun:
             "=== Switching",
             "=== Failback",
             "Downtime",
-            "Evidence for",
+            "Evidence for vda, vdb in pass 1: ",
+            " in pass 2 and the last pass: ",
+            " for the guest's shutdown; expected were ",
         ):
             assert words in result.stdout, words
         assert "50% of 2.00 MiB" in result.stdout
@@ -230,7 +233,7 @@ class TestLooking:
         assert value["next"] == "`failback commit web` or `failback undo web`"
         text = taken_over("status", PAIR).stdout
         assert "original (prod/web)" in text
-        assert "equals view" in text
+        assert "disks equal view" in text
         assert "Next: `failback commit web` or `failback undo web`" in text
 
     def test_history_is_for_a_person_and_for_programs(self, taken_over: Command) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,7 @@ class TestTheCommand:
         lines = console.file.getvalue().splitlines()
         assert max(len(line.rstrip()) for line in lines) <= columns
         assert sum("dirty bitmap" in line or "digest map" in line for line in lines) == 2
+        assert any(re.search(r"\(\d+(\.\d+)? to \d+(\.\d+)? KiB\)", line) for line in lines), "the unit stands once"
         told = command("plan", "web").stdout
         for words in ("First pass:", "Downtime: about", "Room on dr in /: "):
             assert words in told
