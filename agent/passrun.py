@@ -193,7 +193,9 @@ class PassRunner:
             held = None if image is None else self.fences.held(image.path)
             if image is None or held is None:
                 raise SyncError(f"the disk {granted.target} is not covered by the fence of the original: fence it")
-            opened[granted.target] = open_target(granted.target, held, image.format, self.runtime_dir)
+            opened[granted.target] = open_target(
+                granted.target, held, image.format, self.runtime_dir, scattered=granted.since is not None
+            )
 
     def _check_sizes(self, session: Session, disks: dict[str, Disk], granted: dict[str, int]) -> None:
         for target, size_bytes in granted.items():

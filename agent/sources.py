@@ -355,7 +355,9 @@ class ViewDesk:
                 raise HypervisorError(f"the disk {target} of the VM {vm_uuid} is not frozen by the fence: fence it")
             if target in since:
                 self._know_closed(vm_uuid, target, image.path, image.format, opened, since[target])
-            opened.disks[target] = open_source(target, image.path, image.format, self.runtime_dir)
+            opened.disks[target] = open_source(
+                target, image.path, image.format, self.runtime_dir, scattered=target in opened.since
+            )
 
     def _know_closed(
         self, vm_uuid: str, target: str, path: Path, image_format: str, opened: OpenedView, view: str

@@ -17,7 +17,7 @@ from agent.disk.target import TargetImage
 from agent.errors import DiskError
 
 
-def open_source(name: str, image: Path, image_format: str, socket_dir: Path) -> Disk:
+def open_source(name: str, image: Path, image_format: str, socket_dir: Path, *, scattered: bool = False) -> Disk:
     """Open an image that nobody writes to (its VM is off and the caller holds it frozen) for reading.
 
     Args:
@@ -25,6 +25,8 @@ def open_source(name: str, image: Path, image_format: str, socket_dir: Path) -> 
         image: file or block device.
         image_format: QEMU's name of the format, ``raw``, ``qcow2`` …
         socket_dir: a folder for the sockets of qemu-nbd.
+        scattered: little of it will be read, here and there: a cluster map costs a program's start for each window of
+            the disk, and a server none.
 
     Raises:
         DiskError: it cannot be opened.
@@ -35,6 +37,8 @@ def open_source(name: str, image: Path, image_format: str, socket_dir: Path) -> 
     def serve(why: str = "") -> Disk:
         return _served(name, QemuNbd.start(name, image, image_format, socket_dir, idle=True), writable=False, why=why)
 
+    if scattered:
+        return serve("little of it is read, here and there")
     try:
         return MappedDisk.open(name, image, image_format, serve, idle=True)
     except NotMapped as why:
@@ -74,7 +78,7 @@ def open_shared(name: str, image: Path, image_format: str, socket_dir: Path) -> 
     return _served(name, server, writable=False)
 
 
-def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path) -> Disk:
+def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path, *, scattered: bool = False) -> Disk:
     """Open the image that is held exclusively for writing; the lock lives until the last writer is gone.
 
     Args:
@@ -82,6 +86,7 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path)
         held: its exclusive lock. The caller goes on owning it.
         image_format: QEMU's name of the format.
         socket_dir: a folder for the sockets of qemu-nbd.
+        scattered: as for `open_source`.
 
     Raises:
         DiskError: it cannot be opened, is not held exclusively, or its path has been given to another file.
@@ -109,6 +114,8 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path)
             server = QemuNbd.start(name, own.path, image_format, socket_dir, held=own, cached=True)
             return _served(name, server, writable=False)
 
+        if scattered:
+            return serve("little of it is written, here and there")
         try:
             target: Disk = TargetImage.open(name, own.path, image_format, own, serve, serve_cached)
         except NotMapped as why:
