@@ -97,6 +97,8 @@ class MapDesk:
         except NoMap as problem:
             return None, problem.sentence
         except OSError as error:
+            # Left where it is it would be believed afterwards, as long as the same lock is held.
+            self._locks.pop(path, None)
             return None, f"the digest map {path} cannot be written ({error.strerror}): look at its file system"
         self._locks.pop(path, None)
         return PassMap(file), ""

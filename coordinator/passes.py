@@ -279,6 +279,11 @@ def check_reports(
             raise _disagrees(
                 f"of the {disk.source_size_bytes} bytes of disk {disk.replica} only {known} are accounted for"
             )
+        if here.unchanged_bytes and disk.replica not in since:
+            raise _disagrees(
+                f"{here.unchanged_bytes} bytes of disk {disk.replica} were told to be unchanged, and the pass was to "
+                "look at all of it"
+            )
         if here.unchanged_bytes != there.unchanged_bytes:
             raise _disagrees(
                 f"{here.unchanged_bytes} bytes of disk {disk.replica} were told to be unchanged, "

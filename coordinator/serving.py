@@ -18,11 +18,11 @@ from coordinator.prediction import DEFAULT_STEP_S, Known, Measured, measure, pre
 from coordinator.records import Prediction, RoundFailure, TrackingRecord, ViewRecord, Waiting
 from coordinator.rounds import PREDICTED, WAITING
 from coordinator.stepping import INTERRUPT_POLL_S, Stepper, is_ours_no_more
-from coordinator.steps import IS_OFF, StepFailed
+from coordinator.steps import IS_OFF, StepFailed, ask_power
 from coordinator.steps_round import CloseRoundView, round_steps
-from coordinator.steps_sync import SYNC_STEPS
+from coordinator.steps_sync import SYNC_STEPS, stopped_by_itself
 from coordinator.timing import SWITCH, Trigger, judge, order_in_force
-from protocol.messages import AskWritten, TrackingRead, ViewSince
+from protocol.messages import AskWritten, Side, TrackingRead, ViewSince
 
 STALE_S = 10.0
 """After so long a wait another round shortens the downtime again."""
@@ -162,6 +162,8 @@ class Serving:
         if context.pair.state is State.SYNCING:
             await self._move(State.READY_TO_SWITCH, reason=verdict.waiting.sentence)
         if context.survey.replica_power not in IS_OFF:
+            if order.trigger is not Trigger.NOW and (await ask_power(context, Side.REPLICA)).power in IS_OFF:
+                raise stopped_by_itself(context)
             _, prediction = await predict_now(context)
             agreed_s = context.options.max_downtime_s
             if order.trigger is not Trigger.NOW and agreed_s is not None and prediction.total_s > agreed_s:

@@ -6,9 +6,12 @@ from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.audit import AUDIT, differences
 from coordinator.checks import close_frozen, run_check
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
-from coordinator.errors import CoordinatorError
+from coordinator.entries import EntryKind
+from coordinator.errors import AgentRefused, CoordinatorError
+from coordinator.model import State
 from coordinator.records import CheckRecord, DigestMap, MapsRecord, Nothing, PassRecord, Record
 from coordinator.steps import Step, StepFailed, prove_off, take_fence
+from coordinator.steps_sync import FORBIDDEN
 from protocol.messages import AskEvidence, CloseView, Done, Evidence, PassKind, Side
 
 LAST_PASS = "last_pass"
@@ -50,6 +53,36 @@ class VerifyFull(Step):
         return record
 
 
+async def require_untouched(context: RunContext, view: str) -> None:
+    """Insist that nobody has written to the original since the last pass, by what its agent can tell of its disks.
+
+    The flag alone does not know: an agent that was away for a moment takes the locks again and finds the flag as it
+    was. Where this process has verified the storage in full, more than that is proven.
+
+    Raises:
+        StepFailed: a disk is not proven to equal the view any more.
+    """
+    full = context.log.last(VerifyFull.name)
+    switching = context.log.seq_of_state(State.SWITCHING.value)
+    if full is not None and full.kind is EntryKind.DONE and full.epoch == context.epoch and full.seq > switching:
+        return
+    question = AskEvidence(vm_uuid=context.pair.original.uuid, targets=context.original_targets)
+    try:
+        disks = (await ask(context.target, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)).disks
+    except AgentRefused as error:
+        if error.code != FORBIDDEN:
+            raise
+        return  # an agent that does not know the question
+    for disk in disks:
+        if disk.equals != view:
+            why = disk.why_not.rstrip(".") or f"it equals {disk.equals}"
+            raise StepFailed(
+                f"the disk {disk.target} of the original on {context.target.host} is not proven to hold what the last "
+                f"pass verified ({why}): it must not start; fail the pair back again",
+                code="not-verified",
+            )
+
+
 class RememberMaps(Step):
     """The seeds of the original's digest maps, which stand for what it starts from."""
 
@@ -70,7 +103,13 @@ class RememberMaps(Step):
             return MapsRecord(maps=(), why_not=error.sentence)
         return MapsRecord(
             maps=tuple(
-                DigestMap(original=disk.target, seed=disk.map_seed, why_not=disk.why_no_map) for disk in evidence.disks
+                # A map that proves nothing any more has a seed all the same, but what it stands for is another disk.
+                DigestMap(
+                    original=disk.target,
+                    seed=disk.map_seed if disk.map_known_bytes else None,
+                    why_not=disk.why_no_map,
+                )
+                for disk in evidence.disks
             ),
             why_not="",
         )

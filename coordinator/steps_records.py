@@ -5,10 +5,11 @@ from __future__ import annotations
 from coordinator import rounds
 from coordinator.agents import ask
 from coordinator.context import RunContext
+from coordinator.entries import EntryKind
 from coordinator.errors import STALE_EPOCH, AgentRefused, is_silent
 from coordinator.records import CheckpointsRecord, Nothing, Record, TrackingRecord
 from coordinator.steps import SwitchStep
-from coordinator.steps_sync import READ_TRACKING, end_tracking
+from coordinator.steps_sync import READ_TRACKING, RECORDS_LEFT, end_tracking
 from protocol.messages import DiskTracking, Done, DropCheckpoints, ReadTracking, TrackingRead, ViewSince
 
 
@@ -41,8 +42,16 @@ class ReadRecords(SwitchStep):
         return TrackingRecord(disks=read.disks)
 
     async def undo(self, context: RunContext) -> Record:
-        """Remove the records while the replica is off and fenced."""
-        await end_tracking(context)
+        """Remove the records while the replica is off and fenced; what cannot be removed must not keep it off, and is
+        removed once it serves."""
+        try:
+            await end_tracking(context)
+        except AgentRefused as error:
+            if is_silent(error) or error.code == STALE_EPOCH or not context.replica_was_running:
+                raise
+            sentence = f"{error.sentence.rstrip('.')}: tried again when the replica is back in service"
+            await context.write(EntryKind.NOTE, RECORDS_LEFT, sentence=sentence)
+            await context.notice(sentence)
         return Nothing()
 
 

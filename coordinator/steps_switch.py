@@ -36,7 +36,7 @@ from coordinator.steps import (
     take_fence,
     unclear,
 )
-from coordinator.steps_check import RememberMaps, VerifyFull
+from coordinator.steps_check import RememberMaps, VerifyFull, require_untouched
 from coordinator.steps_records import DropLastCheckpoints, ReadRecords
 from coordinator.steps_round import ViewStep
 from coordinator.steps_sync import READ_TRACKING, found_off, power_off
@@ -282,7 +282,9 @@ class Verify(SwitchStep):
 
     async def do(self, context: RunContext) -> VerifyRecord:
         """Ask both agents once more."""
-        return VerifyRecord(view=await prove_verified(context))
+        view = await prove_verified(context)
+        await require_untouched(context, view)
+        return VerifyRecord(view=view)
 
 
 class LiftOriginalFence(SwitchStep):

@@ -8,7 +8,7 @@ from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
-from coordinator.errors import AgentRefused, HostUnreachable, is_silent
+from coordinator.errors import AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
 from coordinator.plain import from_json
 from coordinator.records import (
@@ -59,6 +59,8 @@ END_TRACKING_TIMEOUT_S = 3600.0
 """A live overlay is merged into its base meanwhile: as long as the guest has written to it."""
 TRACKING = "tracking"
 READ_TRACKING = "read_tracking"
+RECORDS_LEFT = "records_left"
+"""Name of the note that records could not be removed while the replica was off."""
 FORBIDDEN = "forbidden"
 """Code of an agent that does not know an order, or does not take it."""
 OPERATOR_SAID_GO_ON = "operator_said_go_on"
@@ -101,13 +103,7 @@ class Survey(Step):
     def _ask_if_it_stopped(self, context: RunContext, power: Power) -> None:
         stopped = context.replica_was_running and power in IS_OFF and not context.log.stands("replica_off")
         if stopped and not _told_to_go_on(context):
-            name = context.pair.name
-            raise operator_needed(
-                f"the replica on {context.source.host} was running and is off now, stopped by itself or by hand: start "
-                f"it and `failback resume {name}`, or resume with it off (switchover at once), or cancel",
-                "resume",
-                "cancel",
-            )
+            raise stopped_by_itself(context)
 
     def _sizes(
         self, context: RunContext, original: str, production: VmDescription, replica: str, dr: VmDescription
@@ -127,6 +123,17 @@ class Survey(Step):
             target_size_bytes=target,
             source_format=_top(dr, replica, context.source.host).format,
         )
+
+
+def stopped_by_itself(context: RunContext) -> CoordinatorError:
+    """The question to a person about a replica that went off while it was to serve."""
+    name = context.pair.name
+    return operator_needed(
+        f"the replica on {context.source.host} was running and is off now, stopped by itself or by hand: start "
+        f"it and `failback resume {name}`, or resume with it off (switchover at once), or cancel",
+        "resume",
+        "cancel",
+    )
 
 
 def _told_to_go_on(context: RunContext) -> bool:
@@ -289,7 +296,7 @@ class ClearTracking(Step):
 
     async def undo(self, context: RunContext) -> Record:
         """Remove it while it runs, unless that was done while it was off."""
-        if not context.log.is_done(READ_TRACKING, Phase.UNDO):
+        if not context.log.is_done(READ_TRACKING, Phase.UNDO) or context.log.notes(RECORDS_LEFT):
             await end_tracking(context)
         return Nothing()
 

@@ -26,19 +26,26 @@ class FakeMaps:
     Attributes:
         maps: what each disk of the original held, as its map says; made by passes, never by the guest.
         missing: disks without a map.
+        doubted: disks whose map proves nothing any more, though it is there.
         rotten: disks of the original whose storage does not give back what was written.
     """
 
     maps: Content = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
+    doubted: set[str] = field(default_factory=set)
     rotten: set[str] = field(default_factory=set)
 
     def told(self, disks: tuple[TargetEvidence, ...]) -> tuple[TargetEvidence, ...]:
         """What the target agent says of its disks, less the maps that are missing."""
         why = "the agent was told to keep none"
-        return tuple(
+        told = (
             replace(disk, map_seed=None, map_known_bytes=0, why_no_map=why) if disk.target in self.missing else disk
             for disk in disks
+        )
+        return tuple(
+            replace(disk, map_known_bytes=0, why_no_map="the file was changed since") if d else disk
+            for disk in told
+            for d in [disk.target in self.doubted]
         )
 
     def report(self, grant: Grant, view: Content, original: Content, *, sends: bool) -> PassReport:

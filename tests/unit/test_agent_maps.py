@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -119,6 +120,22 @@ async def test_a_pass_granted_without_the_seed_removes_the_map(pair: TwoAgents) 
     path = only_map(pair)
     await pair.must(seed=None)
     assert not path.exists()
+    assert (await pair.evidence()).map_known_bytes == 0
+
+
+async def test_a_map_that_could_not_be_removed_is_not_believed_under_the_same_lock(
+    pair: TwoAgents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(maps, "stamp_of", lambda _: None)  # as of a block device: the lock alone proves anything
+    seed = await first_pass(pair)
+    overwrite(pair.source.image, 0, bytes(B))
+    with monkeypatch.context() as patch:
+        patch.setattr(maps, "remove_map", fails)
+        await pair.must(seed=seed + 1)
+    assert pair.target.image.read_bytes() == pair.source.image.read_bytes()
     assert (await pair.evidence()).map_known_bytes == 0
 
 

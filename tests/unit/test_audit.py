@@ -128,6 +128,14 @@ async def test_without_a_map_commit_waits_for_what_cannot_be_unless_told_not_to(
     assert "committed without waiting for the audit" in notes
 
 
+async def test_a_map_that_proves_nothing_at_power_on_is_nothing_to_audit_against(house: House) -> None:
+    house.world.maps.doubted = {"vdb"}
+    async with house.process() as coordinator:
+        sentence = await fail_back(house, coordinator)
+    assert "the audit could not be carried out: the agent on prod keeps no digest map of disk vdb" in sentence
+    assert "the file was changed since" in sentence
+
+
 async def test_no_audit_where_none_is_wanted(house: House) -> None:
     async with house.process() as coordinator:
         await fail_back(house, coordinator, RunOptions(audit=False))

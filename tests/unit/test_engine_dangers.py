@@ -60,6 +60,19 @@ class TestTheOriginalStartsOnlyVerified:
         assert house.world.original.boots == 0
         assert not house.world.replica.is_off
 
+    async def test_an_original_that_was_edited_under_its_fence_after_the_last_pass_does_not_start(
+        self, house: House
+    ) -> None:
+        assert await house.dies(CrashPlan(), dying_after("last_pass"))
+        # Its agent was away for a moment: fence and flag are what they were, the disks are not.
+        house.world.original.disks = dict.fromkeys(house.world.original.disks, b"written by hand")
+        async with house.process() as coordinator:
+            outcome = await coordinator.resume(PAIR)
+        assert (outcome.state, outcome.exit_code) == (State.FAILOVER, ExitCode.FAILED)
+        assert "is not proven to hold what the last pass verified" in outcome.sentence
+        assert house.world.original.boots == 0
+        assert not house.world.replica.is_off
+
     async def test_past_the_point_of_no_return_a_lost_proof_is_for_a_person(self, house: House) -> None:
         def dies(_host: str, request: Request, moment: str) -> None:
             if isinstance(request, LiftFence) and moment == "before":

@@ -10,6 +10,8 @@ from protocol.messages import DiskReport, PassReport
 
 DISKS = (DiskSizes(original="vda", replica="vdb", source_size_bytes=100, target_size_bytes=100),)
 
+SINCE = {"vdb"}
+
 
 def report(target: str, *, zero: int = 0, compared: int = 0, unchanged: int = 0) -> PassReport:
     disk = DiskReport(
@@ -37,14 +39,23 @@ def report(target: str, *, zero: int = 0, compared: int = 0, unchanged: int = 0)
 
 
 def test_what_is_unchanged_is_accounted_for() -> None:
-    check_reports(DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=70), report("vda", unchanged=70))
+    check_reports(
+        DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=70), report("vda", unchanged=70), {"vdb"}
+    )
 
 
 def test_a_disk_of_which_too_little_is_unchanged_proves_nothing() -> None:
     with pytest.raises(PassDisagrees, match="only 99 are accounted for"):
-        check_reports(DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=69), report("vda", unchanged=69))
+        check_reports(
+            DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=69), report("vda", unchanged=69), {"vdb"}
+        )
 
 
 def test_sides_that_differ_about_what_is_unchanged_prove_nothing() -> None:
     with pytest.raises(PassDisagrees, match="70 bytes of disk vdb were told to be unchanged, 0 were taken as such"):
-        check_reports(DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=70), report("vda"))
+        check_reports(DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=70), report("vda"), SINCE)
+
+
+def test_nothing_is_unchanged_of_a_disk_that_was_to_be_looked_at_whole() -> None:
+    with pytest.raises(PassDisagrees, match="70 bytes of disk vdb were told to be unchanged, and the pass was to look"):
+        check_reports(DISKS, "r1-2", report("vdb", zero=10, compared=20, unchanged=70), report("vda", unchanged=70))

@@ -13,7 +13,17 @@ from coordinator.errors import AgentRefused, UsageError, WrongState
 from coordinator.events import Event, Notice, Outcome, StateChanged, StepDone
 from coordinator.model import LateEvidence, RestorePoint, RunLimits, RunOptions, ShutdownPolicy, State, SwitchPolicy
 from coordinator.runs import Coordinator
-from protocol.messages import AllowPass, DropCheckpoints, EndTracking, OpenView, Protect, Request, RunPass, Tracking
+from protocol.messages import (
+    AllowPass,
+    DropCheckpoints,
+    EndTracking,
+    OpenView,
+    Power,
+    Protect,
+    Request,
+    RunPass,
+    Tracking,
+)
 from tests.unit.coordinator_house import PAIR, House
 
 MANUAL = RunOptions(switch=SwitchPolicy.MANUAL, background_s=5.0)
@@ -195,6 +205,20 @@ class TestTheMoment:
             await ended.wait()
         assert house.world.replica.is_off
 
+    async def test_a_replica_that_stopped_by_itself_is_asked_about_before_the_set_time_switches(
+        self, house: House
+    ) -> None:
+        at = RunOptions(switch=SwitchPolicy.AT, switch_at_s=house.clock.wall_s() + 1e6, background_s=1e6)
+        async with waiting_run(house, at) as (coordinator, _, ended):
+            house.world.replica.power = Power.OFF
+            await coordinator.switch(PAIR, at_s=house.clock.wall_s() + 60)
+            await ended.wait()
+            pair = await coordinator.get_pair(PAIR)
+        assert pair.state is State.NEEDS_OPERATOR
+        assert pair.operator is not None
+        assert "stopped by itself or by hand" in pair.operator.sentence
+        assert pair.operator.exits == ("resume", "cancel")
+
     async def test_a_start_with_a_past_time_changes_nothing(self, house: House) -> None:
         async with house.process() as coordinator:
             with pytest.raises(UsageError, match="is past"):
@@ -253,6 +277,28 @@ class TestLateEvidence:
             assert len(reasons) == 2
             assert reasons[0].startswith("QEMU had to be killed; the evidence of vda, vdb fell")
             assert (await coordinator.cancel(PAIR)).state is State.FAILOVER
+        assert world.records.is_clear
+
+    async def test_records_that_cannot_be_removed_do_not_keep_the_replica_off(self, house: House) -> None:
+        world = house.world
+        stays = True
+
+        def fault(_host: str, request: Request, moment: str) -> None:
+            if isinstance(request, Protect) and moment == "before":
+                raise AgentRefused("no room for the snapshot", code="hypervisor")
+            if isinstance(request, EndTracking) and moment == "before" and world.replica.is_off:
+                raise AgentRefused("the bitmap cannot be removed: the image is damaged", code="disk")
+            if isinstance(request, EndTracking) and moment == "before" and world.records.bitmaps and stays:
+                raise AgentRefused("libvirt does not delete the bitmap", code="hypervisor")
+
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, RunOptions())
+            world.fault = fault
+            outcome = await coordinator.execute_run(PAIR)
+            assert not world.replica.is_off, "nobody is served for want of a bitmap's removal"
+            assert outcome.state is State.ROLLING_BACK
+            stays = False
+            assert (await coordinator.resume(PAIR)).state is State.FAILOVER
         assert world.records.is_clear
 
     async def test_proceed_bears_the_longer_downtime(self, house: House) -> None:
