@@ -43,7 +43,7 @@ test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)
 
-bench: setup ## every benchmark, an hour and a half or so, with a report in bench/report (NAMES="memory sparse" for some)
+bench: setup ## every benchmark, more than two hours, with a report in bench/report (NAMES="memory sparse" for some)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m bench.report $(NAMES)
 
