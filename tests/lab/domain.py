@@ -62,7 +62,7 @@ def domain_xml(
         console_log: file that the guest's console is appended to.
         role: ``writer`` writes all the time; ``reader`` says what it finds and writes nothing of its own (though
             mounting may write); ``idle`` does not touch its disks; ``filler`` overwrites them whole, all the time.
-        rate: rounds of writes per second (each disk once per round), or ``max``.
+        rate: rounds of writes per second (each disk once per round), for ``filler`` halves of a MiB; or ``max``.
         ignore_acpi: the guest ignores a shutdown request.
         memory_mib: memory of the guest.
         machine: QEMU's machine type.

@@ -166,8 +166,8 @@ for port in /sys/class/virtio-ports/*; do
 done
 say READY
 
+pause=$(busybox awk -v rate="$rate" 'BEGIN { print (rate == "max") ? 0 : 1 / rate }')
 if [ "$role" = writer ]; then
-    pause=$(busybox awk -v rate="$rate" 'BEGIN { print (rate == "max") ? 0 : 1 / rate }')
     while [ -z "$stopping" ]; do
         for disk in $usable; do
             write "${disk%%:*}" "${disk#*:}"
@@ -175,10 +175,20 @@ if [ "$role" = writer ]; then
         [ "$pause" = 0 ] || busybox sleep "$pause"
     done
 elif [ "$role" = filler ]; then
-    # Every block of every raw disk, from front to back, again and again, as fast as it goes.
+    # Every block of every raw disk, from front to back, again and again: as fast as it goes, or half a MiB at a time.
     while [ -z "$stopping" ]; do
         for disk in $usable; do
-            busybox dd if=/dev/urandom of="/dev/${disk%%:*}" bs=64k conv=fsync 2>/dev/null
+            device=/dev/${disk%%:*}
+            if [ "$rate" = max ]; then
+                busybox dd if=/dev/urandom of="$device" bs=64k conv=fsync 2>/dev/null
+            else
+                chunk=0 chunks=$(($(busybox cat "/sys/block/${disk%%:*}/size") / 1024))
+                while [ -z "$stopping" ] && [ $chunk -lt $chunks ]; do
+                    busybox dd if=/dev/urandom of="$device" bs=64k count=8 seek=$((chunk * 8)) conv=notrunc,fsync 2>/dev/null
+                    chunk=$((chunk + 1))
+                    busybox sleep "$pause"
+                done
+            fi
             say "FILLED ${disk%%:*}"
         done
     done
