@@ -13,16 +13,14 @@ import trio
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.context import RunContext
 from coordinator.errors import CoordinatorError
-from coordinator.passes import GRANT_BYTES, PassDisagrees, both_sides
-from coordinator.records import CheckedDisk, CheckRecord, DiskSizes, SurveyRecord
+from coordinator.passes import GRANT_BYTES, PassDisagrees, both_sides, grant_of
+from coordinator.records import CheckedDisk, CheckRecord, DiskSizes
 from coordinator.steps import StepFailed
 from protocol.messages import (
     AllowPass,
     CloseView,
     Direction,
     Done,
-    Grant,
-    GrantedDisk,
     OpenView,
     PassKind,
     PassReport,
@@ -53,7 +51,7 @@ async def run_check(
     await open_frozen(context, view)
     grant = context.tokens(GRANT_BYTES)
     for agent, direction in ((context.target, Direction.RECEIVE), (context.source, Direction.SEND)):
-        allowed = _grant(context, survey, grant, view, direction, kind, seeds or {})
+        allowed = grant_of(context, grant, view, direction, survey.disks, kind=kind, seeds=seeds)
         await ask(agent, AllowPass(order=context.order, grant=allowed), Done, timeout_s=QUESTION_TIMEOUT_S)
     source, target = await both_sides(context, step, grant, survey)
     disks = checked_disks(survey.disks, view, source, target)
@@ -80,36 +78,6 @@ async def close_frozen(context: RunContext, view: str) -> None:
 
 def _close(context: RunContext, view: str) -> CloseView:
     return CloseView(order=context.order, vm_uuid=context.pair.replica.uuid, view=view)
-
-
-def _grant(
-    context: RunContext,
-    survey: SurveyRecord,
-    grant: str,
-    view: str,
-    direction: Direction,
-    kind: PassKind,
-    seeds: Mapping[str, int],
-) -> Grant:
-    sends = direction is Direction.SEND
-    return Grant(
-        grant=grant,
-        vm_uuid=context.pair.replica.uuid if sends else context.pair.original.uuid,
-        direction=direction,
-        peer_fingerprint=survey.original_fingerprint if sends else survey.replica_fingerprint,
-        view=view,
-        disks=tuple(
-            GrantedDisk(
-                target=disk.replica if sends else disk.original,
-                peer_target=disk.original if sends else disk.replica,
-                source_size_bytes=disk.source_size_bytes,
-                target_size_bytes=disk.target_size_bytes,
-                digest_seed=seeds.get(disk.original),
-            )
-            for disk in survey.disks
-        ),
-        kind=kind,
-    )
 
 
 def checked_disks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ from protocol.messages import (
     Evidence,
     Grant,
     GrantedDisk,
+    PassKind,
     PassProgress,
     PassReport,
     Ping,
@@ -114,22 +115,37 @@ async def _granted(
 ) -> tuple[PassReport, PassReport]:
     """Tell both agents what the pass may do, and let them."""
     grant = context.tokens(GRANT_BYTES)
+    since = {disk.original: disk.since for disk in evidence if disk.since is not None}
+    seeds = {disk.original: disk.map_seed for disk in evidence if disk.map_seed is not None}
     for agent, direction in ((context.target, Direction.RECEIVE), (context.source, Direction.SEND)):
-        allowed = _grant(context, grant, view, direction, disks, evidence)
+        allowed = grant_of(context, grant, view, direction, disks, since=since, seeds=seeds)
         await ask(agent, AllowPass(order=context.order, grant=allowed), Done, timeout_s=QUESTION_TIMEOUT_S)
     return await both_sides(context, step, grant, context.survey)
 
 
-def _grant(
+def grant_of(
     context: RunContext,
     grant: str,
     view: str,
     direction: Direction,
-    disks: tuple[DiskSizes, ...],
-    evidence: Sequence[DiskEvidence],
+    disks: Sequence[DiskSizes],
+    *,
+    kind: PassKind = PassKind.SYNC,
+    since: Mapping[str, str] | None = None,
+    seeds: Mapping[str, int] | None = None,
 ) -> Grant:
+    """What one side of a pass is told.
+
+    Args:
+        grant: the random name of the pass.
+        view: what the target is made equal to, or compared with.
+        direction: which side it is for.
+        disks: of the pass.
+        kind: what the pass is for.
+        since: by the original's target, the view that both sides prove it equals.
+        seeds: by the original's target, the seed of its digest map.
+    """
     survey, sends = context.survey, direction is Direction.SEND
-    rests_on = {disk.replica: disk for disk in evidence}
     return Grant(
         grant=grant,
         vm_uuid=context.pair.replica.uuid if sends else context.pair.original.uuid,
@@ -142,11 +158,12 @@ def _grant(
                 peer_target=disk.original if sends else disk.replica,
                 source_size_bytes=disk.source_size_bytes,
                 target_size_bytes=disk.target_size_bytes,
-                since=rests_on[disk.replica].since,
-                digest_seed=rests_on[disk.replica].map_seed,
+                since=(since or {}).get(disk.original),
+                digest_seed=(seeds or {}).get(disk.original),
             )
             for disk in disks
         ),
+        kind=kind,
     )
 
 

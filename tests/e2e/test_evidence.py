@@ -187,6 +187,29 @@ def test_a_killed_qemu_loses_its_bitmaps_and_the_operator_is_asked(site: Site) -
     _assert_nothing_left(pair)
 
 
+def test_an_image_put_in_the_place_of_the_recorded_one_is_not_believed(site: Site) -> None:
+    pair = _idle_pair(site, "replaced", "qcow2")
+    image = pair.replica.disks[0].path
+    with _ready(site, pair, "--late-evidence", "proceed") as run:
+        pair.replica.host.virsh("shutdown", pair.replica.name)
+        while pair.replica.is_running():
+            pass
+        other = image.with_suffix(".other")
+        disks.copy(image, "qcow2", other, "qcow2")
+        disks.scatter_writes(other, "qcow2", ["write -P 7 8M 1M"])
+        other.replace(image)
+        site.failback("switch", pair.name)
+        assert run.wait(120) in (0, 4)
+    if site.failback("status", pair.name)["state"] == "Needs operator":
+        site.failback("resume", "--foreground", pair.name)
+    line = _last_pass(site.failback("history", pair.name, "--report")["report"])["vda"]
+    assert line["rung"] in ("map", "digests")
+    assert line["why_not_higher"]
+    pair.assert_same_disks()
+    site.failback("undo", pair.name, "--yes")
+    _assert_nothing_left(pair)
+
+
 def test_a_bitmap_that_misses_what_was_written_is_caught_by_the_audit(site: Site) -> None:
     pair = _idle_pair(site, "cleared", "qcow2")
     with _ready(site, pair) as run:
