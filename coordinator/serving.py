@@ -104,6 +104,8 @@ class Serving:
         await self._stepper.run((CloseRoundView(number),))
         failure = RoundFailure(number=number, code=error.code, targets=shown)
         await context.write(EntryKind.NOTE, rounds.ROUND_FAILED, sentence=error.sentence, record=failure)
+        if (await ask_power(context, Side.REPLICA)).power in IS_OFF:
+            raise stopped_by_itself(context) from error  # its view went with it; another one would be refused
         row = rounds.in_a_row(context.log, context.epoch)
         if rounds.is_hopeless(rounds.failures(context.log, context.epoch), row):
             cure = "look at its log"

@@ -160,6 +160,24 @@ class TestEvidence:
         assert outcome.report.disks[-1].why_not_higher == "the file changed a moment ago"
 
 
+class TestTheReplicaGoesOff:
+    async def test_a_replica_that_dies_under_its_view_is_a_question_to_a_person_and_no_other_view_is_tried(
+        self, house: House
+    ) -> None:
+        def dies(_host: str, request: Request, moment: str) -> None:
+            if isinstance(request, RunPass) and moment == "midway":
+                house.world.replica.power = Power.OFF
+                raise AgentRefused("the VM stopped in the middle of the pass", code="view-lost")
+
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, RunOptions())
+            house.world.fault = dies
+            outcome = await coordinator.execute_run(PAIR)
+        assert outcome.state is State.NEEDS_OPERATOR
+        assert "stopped by itself or by hand" in outcome.sentence
+        assert len([order for _, order in house.world.orders if isinstance(order, OpenView)]) == 1
+
+
 class TestScratch:
     async def test_views_shrink_to_what_the_scratch_files_hold(self, house: House) -> None:
         house.world.scratch_disks = 1
