@@ -93,10 +93,10 @@ class _SlowTargets:
         self.began, self.go_on, self.closed = threading.Event(), threading.Event(), False
         really, slow = open_target, self
 
-        def slowly(*arguments: object) -> object:
+        def slowly(*arguments: object, **options: bool) -> object:
             slow.began.set()
             assert slow.go_on.wait(20)
-            disk = really(*arguments)  # type: ignore[arg-type]
+            disk = really(*arguments, **options)  # type: ignore[arg-type]
             close = disk.close
 
             def closing() -> None:
@@ -180,8 +180,8 @@ async def test_a_pass_that_fails_uses_its_grant_up_and_closes_every_disk(
     closed: list[str] = []
     really = open_target
 
-    def opening(*arguments: object) -> RawDisk:
-        disk = really(*arguments)  # type: ignore[arg-type]
+    def opening(*arguments: object, **options: bool) -> RawDisk:
+        disk = really(*arguments, **options)  # type: ignore[arg-type]
         assert isinstance(disk, RawDisk)
         close = disk.close
 
