@@ -20,6 +20,10 @@ from tests.lab.leftovers import Leftovers
 # run is forked once, here, before pytest has started any thread.
 reaper.become_child_of_reaper()
 
+# A shell that starts `make test` in the background, or nohup, has these ignored, and what answers to them is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86",
