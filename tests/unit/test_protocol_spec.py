@@ -24,7 +24,7 @@ from protocol.messages import CompareSpan, Reply, Request, SpanAnswer
 from tests.unit.protocol_house import deliver, open_bulk
 
 SPEC = (Path(next(iter(protocol.__path__))) / "SPEC.md").read_text("utf-8")
-OURS = [value for value in vars(messages).values() if getattr(value, "__module__", "") == messages.__name__]
+OURS = [value for value in vars(messages).values() if getattr(value, "__module__", "").startswith(messages.__name__)]
 DATACLASSES: list[Any] = [value for value in OURS if dataclasses.is_dataclass(value)]
 ENUMS = [value for value in OURS if isinstance(value, type) and issubclass(value, enum.Enum)]
 

@@ -1,0 +1,233 @@
+"""Every message that crosses a wire, as frozen, typed values.
+
+Two conversations use them (``protocol/SPEC.md``):
+
+* **control**: the coordinator asks, an agent answers. Each `Request` class names its reply in ``reply``.
+* **bulk**: a source agent and a target agent make one disk equal one view.
+
+Plain types only: ``str``, ``int``, ``bool``, ``bytes``, enums, tuples of those, and other messages. Sizes and offsets
+are bytes, durations are seconds. A path in a message is for people to read: no agent opens a path it was sent.
+"""
+
+from __future__ import annotations
+
+from protocol.messages.bulk import (
+    BlockData,
+    CompareSpan,
+    Credit,
+    EndOfPass,
+    PassFailed,
+    PassVerified,
+    SpanAnswer,
+    TrackedSpan,
+    ZeroRanges,
+)
+from protocol.messages.handshake import BulkHello, BulkWelcome, Goodbye, Hello, Welcome
+from protocol.messages.orders import (
+    AskWritten,
+    Cancel,
+    CloseView,
+    DiskTracking,
+    Done,
+    DropCheckpoints,
+    EndTracking,
+    Failure,
+    FenceVm,
+    LiftFence,
+    OpenView,
+    PoweredOff,
+    PowerOff,
+    PowerOn,
+    Protect,
+    Protected,
+    ProtectedDisk,
+    ReadTracking,
+    SetCondition,
+    TrackingRead,
+    Unprotect,
+    ViewedDisk,
+    ViewOpened,
+    ViewSince,
+)
+from protocol.messages.passes import (
+    AllowPass,
+    DiskProgress,
+    DiskReport,
+    Grant,
+    GrantedDisk,
+    PassProgress,
+    PassReport,
+    RunPass,
+    SetLimits,
+)
+from protocol.messages.questions import (
+    AskEvidence,
+    AskPower,
+    BlockSamples,
+    DescribeHost,
+    DiskDescription,
+    Evidence,
+    FenceDescription,
+    HostDescription,
+    ImageDescription,
+    InspectVm,
+    Ping,
+    Pong,
+    PowerAnswer,
+    SampleBlocks,
+    SnapshotDescription,
+    TargetEvidence,
+    VmDescription,
+)
+from protocol.messages.words import (
+    ByteRange,
+    Codec,
+    Condition,
+    Direction,
+    OnTimeout,
+    Order,
+    PassKind,
+    Power,
+    Role,
+    Side,
+    Tracking,
+)
+
+PROTOCOL_VERSIONS = (2,)
+"""The versions this software speaks, best first."""
+
+Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping
+OrderRequest = (
+    PowerOff
+    | PowerOn
+    | FenceVm
+    | LiftFence
+    | SetCondition
+    | OpenView
+    | CloseView
+    | DropCheckpoints
+    | ReadTracking
+    | EndTracking
+    | Protect
+    | Unprotect
+    | AllowPass
+    | RunPass
+    | SetLimits
+)
+Request = Question | OrderRequest
+Reply = (
+    HostDescription
+    | VmDescription
+    | PowerAnswer
+    | Evidence
+    | BlockSamples
+    | Pong
+    | Done
+    | PoweredOff
+    | FenceDescription
+    | ViewOpened
+    | TrackingRead
+    | Protected
+    | PassReport
+)
+ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
+
+BulkMessage = (
+    BulkHello
+    | BulkWelcome
+    | Goodbye
+    | CompareSpan
+    | TrackedSpan
+    | ZeroRanges
+    | BlockData
+    | EndOfPass
+    | SpanAnswer
+    | Credit
+    | PassVerified
+    | PassFailed
+)
+
+__all__ = [
+    "PROTOCOL_VERSIONS",
+    "AllowPass",
+    "AskEvidence",
+    "AskPower",
+    "AskWritten",
+    "BlockData",
+    "BlockSamples",
+    "BulkHello",
+    "BulkMessage",
+    "BulkWelcome",
+    "ByteRange",
+    "Cancel",
+    "CloseView",
+    "Codec",
+    "CompareSpan",
+    "Condition",
+    "ControlMessage",
+    "Credit",
+    "DescribeHost",
+    "Direction",
+    "DiskDescription",
+    "DiskProgress",
+    "DiskReport",
+    "DiskTracking",
+    "Done",
+    "DropCheckpoints",
+    "EndOfPass",
+    "EndTracking",
+    "Evidence",
+    "Failure",
+    "FenceDescription",
+    "FenceVm",
+    "Goodbye",
+    "Grant",
+    "GrantedDisk",
+    "Hello",
+    "HostDescription",
+    "ImageDescription",
+    "InspectVm",
+    "LiftFence",
+    "OnTimeout",
+    "OpenView",
+    "Order",
+    "OrderRequest",
+    "PassFailed",
+    "PassKind",
+    "PassProgress",
+    "PassReport",
+    "PassVerified",
+    "Ping",
+    "Pong",
+    "Power",
+    "PowerAnswer",
+    "PowerOff",
+    "PowerOn",
+    "PoweredOff",
+    "Protect",
+    "Protected",
+    "ProtectedDisk",
+    "Question",
+    "ReadTracking",
+    "Reply",
+    "Request",
+    "Role",
+    "RunPass",
+    "SampleBlocks",
+    "SetCondition",
+    "SetLimits",
+    "Side",
+    "SnapshotDescription",
+    "SpanAnswer",
+    "TargetEvidence",
+    "TrackedSpan",
+    "Tracking",
+    "TrackingRead",
+    "Unprotect",
+    "ViewOpened",
+    "ViewSince",
+    "ViewedDisk",
+    "VmDescription",
+    "Welcome",
+    "ZeroRanges",
+]
