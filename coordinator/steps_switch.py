@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from coordinator import rounds
 from coordinator.agents import ask
+from coordinator.called_off import go_on_by_word
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
-from coordinator.errors import AgentRefused, HostUnreachable, is_silent
+from coordinator.errors import STALE_EPOCH, AgentRefused, HostUnreachable, is_silent
 from coordinator.model import ShutdownPolicy
 from coordinator.passes import run_pass
 from coordinator.records import (
@@ -65,24 +66,20 @@ async def hold_original(context: RunContext) -> bool:
 
     Returns False where its host does not answer and need not: before the point of no return the fence that this run
     took was never lifted (its autostart is off, its agent takes the locks again when it starts), nothing of ours can
-    start it, and people wait for the replica.
+    start it, and people wait for the replica. After it, only where a person has called the original off.
 
     Raises:
         NeedsOperator: it may run.
     """
-    host, name = context.target.host, context.pair.name
+    name = context.pair.name
     try:
         await prove_off(context, Side.ORIGINAL)
         await take_fence(context, Side.ORIGINAL)
     except (HostUnreachable, AgentRefused) as error:
-        if not is_silent(error):
+        if error.code == STALE_EPOCH or not (context.past_no_return or is_silent(error)):
             raise
         if context.past_no_return:
-            raise operator_needed(
-                f"the replica stays off: {host} cannot prove that the original is off and fenced "
-                f"({error.sentence}); bring {host} back, then `failback resume {name}`",
-                "resume",
-            ) from error
+            await go_on_by_word(context, error)
         return False
     except StepFailed as error:
         raise operator_needed(
@@ -153,7 +150,8 @@ class ReplicaOff(SwitchStep):
             return Nothing()
         if not await hold_original(context):
             host = context.target.host
-            await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
+            if not context.past_no_return:
+                await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
         await ask(context.source, PowerOn(order=context.order, vm_uuid=context.pair.replica.uuid), Done)
         return Nothing()
 
@@ -322,20 +320,17 @@ class LiftOriginalFence(SwitchStep):
 
     async def undo(self, context: RunContext) -> Record:
         """Off, fenced; whole as its own guest left it, if it was ever out of our hands."""
-        host, name = context.target.host, context.pair.name
         try:
             await power_off(context, Side.ORIGINAL, OnTimeout.FORCE)
             before = (await inspect(context, Side.ORIGINAL)).fence
             fence = await take_fence(context, Side.ORIGINAL)
             condition, _ = await settle_flag(context, before, fence)
         except (HostUnreachable, AgentRefused) as error:
-            if not is_silent(error):
+            if error.code == STALE_EPOCH:
                 raise
-            raise operator_needed(
-                f"the replica stays off: {host} cannot prove that the original is off and fenced ({error.sentence}); "
-                f"bring {host} back, then `failback resume {name}`",
-                "resume",
-            ) from error
+            await go_on_by_word(context, error)
+            await context.set_flag(Condition.INTACT)  # as its own guest left it, as far as anybody can know
+            return Nothing()
         return fence_record(fence, condition)
 
 

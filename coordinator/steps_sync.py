@@ -6,9 +6,10 @@ from sqlalchemy import Connection
 
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
+from coordinator.called_off import counts
 from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
-from coordinator.errors import AgentRefused, CoordinatorError, HostUnreachable, is_silent
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
 from coordinator.plain import from_json
 from coordinator.records import (
@@ -269,7 +270,7 @@ class FenceOriginal(Step):
                 )
                 return ReleaseRecord(kept=False, condition=condition.value, why="whole")
         except (HostUnreachable, AgentRefused) as error:
-            if not is_silent(error):
+            if not is_silent(error) and (error.code == STALE_EPOCH or not await counts(context, error)):
                 raise
             await context.notice(f"the fence of the original stays as it is: {error.sentence}")
             return ReleaseRecord(kept=True, condition=context.pair.flag.condition, why="host unreachable")

@@ -145,6 +145,7 @@ def show_status(output: Output, status: PairStatus) -> None:
         rows.append(("Audit", status.audit.sentence))
     if status.operator is not None:
         rows.append(("Operator", status.operator.sentence))
+    rows += [("Owed", sentence) for sentence in status.owed]
     output.show(facts(rows))
     if status.progress is not None:
         output.show(bars(status.progress))
