@@ -140,6 +140,7 @@ class World:
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
         self.fault: Fault = no_fault
+        self.away: set[str] = set()  # hosts that nobody can reach
         self.orders: list[tuple[str, Request]] = []
         self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
         self.last_words: Content = {}  # the newest data when the replica went off
@@ -203,6 +204,8 @@ class World:
     # --- orders ---------------------------------------------------------------------------------------------------
 
     async def handle(self, host: str, request: Request, on_progress: ProgressCallback | None) -> Reply:
+        if host in self.away:
+            raise unreachable(host)
         if isinstance(request, OrderRequest):
             seen = self.epochs.get(host, 0)
             if request.order.epoch < seen:
