@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -349,6 +350,10 @@ class Coordinator:
         found = await self.get_pair(pair)
         check_verb(found, Verb.UNDO)
         return forecast(found, RunLog(await self.history(pair, found.run)), self.clock.wall_s())
+
+    async def backup(self, file: Path) -> None:
+        """Copy registry and journal to a new file, as they are at one instant; see `Database.backup`."""
+        await self._db.backup(file)
 
     # --- looking ------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ CHECK_EVERY = 10_000
 """So many steps of SQLite's machine between two looks at the clock: some 100 µs."""
 
 RESTORE = "put back a copy that `failback backup` made (docs/JOURNAL.md says how); nothing was changed"
+SMALLEST_BYTES = 512
+"""Of a database with anything in it: one page (https://www.sqlite.org/fileformat.html)."""
 LITTLE_ROOM_BYTES = 1 << 20
 """With less than that free, an I/O error of SQLite's is the lack of room: it cannot grow its index of the log."""
 
@@ -111,8 +113,11 @@ def is_there(path: Path) -> bool:
                 f"{RESTORE}; only to begin with an empty registry, move {path.parent} away"
             )
         return False
-    if path.stat().st_size == 0:
-        raise DatabaseError(f"the registry {path} is empty, cut short by something else than failback: {RESTORE}")
+    size_bytes = path.stat().st_size
+    if size_bytes < SMALLEST_BYTES:
+        raise DatabaseError(
+            f"the registry {path} has {size_bytes} bytes, cut short by something else than failback: {RESTORE}"
+        )
     if not os.access(path, os.R_OK | os.W_OK) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise DatabaseError(
             f"the registry {path} cannot be read and written by this user: run as its owner or mend its permissions "
@@ -149,7 +154,9 @@ def _look(path: Path, raw: sqlite3.Connection) -> int:
             f"{schema.VERSION}): install that version; nothing was changed",
             schema=version,
         )
-    answer = _quick_check(raw)
+    page_bytes = int(raw.execute("PRAGMA page_size").fetchone()[0])
+    over_bytes = path.stat().st_size % page_bytes  # what a short read of the last page lacks SQLite takes for zeroes
+    answer = f"its last page has {over_bytes} of {page_bytes} bytes" if over_bytes else _quick_check(raw)
     if answer != "ok":
         raise DatabaseError(f"the registry {path} is damaged ({answer}): {RESTORE}")
     engine = create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli import (
+    backup,
     cancel,
     commit,
     completion,
@@ -212,6 +213,7 @@ for verb in (
     limit,
     pairs,
     history,
+    backup,
     pki,
     completion,
 ):

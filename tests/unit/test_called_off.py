@@ -44,7 +44,9 @@ class TestTheWord:
         assert outcome.state is State.FAILOVER
         assert not house.world.replica.is_off
 
-    async def test_with_it_the_replica_serves_its_own_data_and_the_journal_names_who_said_so(self, house: House) -> None:
+    async def test_with_it_the_replica_serves_its_own_data_and_the_journal_names_who_said_it(
+        self, house: House
+    ) -> None:
         await undone_by_word(house)
         async with house.process() as coordinator:
             entries = await coordinator.history(PAIR)
