@@ -159,6 +159,7 @@ class ReplicaOff(SwitchStep):
 class ProveReplicaOff(SwitchStep):
     """Off, and nobody else holds its images."""
 
+    harmless = "it asks and changes nothing"
     name = "prove_replica_off"
     sentence = "prove that the replica is off"
     lasts_until = LIFT_ORIGINAL_FENCE
@@ -172,6 +173,7 @@ class ProveReplicaOff(SwitchStep):
 class FenceReplica(SwitchStep):
     """From here to commit or undo the replica cannot start, and nobody writes to its disks."""
 
+    harmless = "a fence that stands stays, with the autostart of before"
     name = "fence_replica"
     sentence = "fence the replica: autostart off, images locked"
     undo_sentence = "lift the fence of the replica"
@@ -192,6 +194,7 @@ class FenceReplica(SwitchStep):
 class ProtectReplica(SwitchStep):
     """The protective snapshot."""
 
+    harmless = "the snapshot of this run's name is taken once"
     name = "protect_replica"
     sentence = "take the protective snapshot of the replica"
     undo_sentence = "drop the protective snapshot of the replica"
@@ -246,6 +249,7 @@ class OpenLastView(SwitchStep, ViewStep):
 class LastPass(SwitchStep):
     """The last-minute changes."""
 
+    harmless = "each attempt is a pass of its own and compares anew; agents end one of a lower epoch"
     name = rounds.LAST_PASS
     sentence = "last pass: copy the last-minute changes"
 
@@ -259,6 +263,7 @@ class LastPass(SwitchStep):
 class CloseLastView(SwitchStep):
     """Nothing reads the replica any more."""
 
+    harmless = "a view that is closed already is no error"
     name = "close_last_view"
     sentence = "close the final view"
 
@@ -270,6 +275,7 @@ class CloseLastView(SwitchStep):
 class Verify(SwitchStep):
     """The last moment before the point of no return: is everything proven?"""
 
+    harmless = "it asks, and takes fences that stand already"
     name = "verify"
     sentence = "verify that the original equals the replica's final view"
     lasts_until = LIFT_ORIGINAL_FENCE

@@ -71,6 +71,7 @@ OPERATOR_SAID_GO_ON = "operator_said_go_on"
 class Survey(Step):
     """Who the agents are, what both VMs do, how large their disks are."""
 
+    harmless = "it asks and changes nothing"
     name = SURVEY
     sentence = "look at both VMs and their hosts"
     lasts_until = "verify"
@@ -166,6 +167,7 @@ class HoldReplication(Step):
     """The administrator's executables that stop whatever copies the original over the replica. Not taken back by
     anything but a commit: resumed replication would copy a torn original over the serving replica."""
 
+    harmless = "the executables must bear being run again"
     name = "hold_replication"
     sentence = "put replication of the pair on hold"
 
@@ -239,6 +241,7 @@ async def found_off(context: RunContext, side: Side) -> Finding:
 class FenceOriginal(Step):
     """Autostart off and image locks, held by the agent."""
 
+    harmless = "a fence that stands stays, with the autostart of before"
     name = "fence_original"
     sentence = "fence the original: autostart off, images locked"
     undo_sentence = "release the original if it is whole, keep it fenced if it is torn"
@@ -282,6 +285,7 @@ class ClearTracking(Step):
     """From the first view on, what the replica writes is recorded. Nothing of ours may be there before, and nothing
     stays when the run is taken back."""
 
+    harmless = "what is gone already is no error"
     name = TRACKING
     sentence = "clear what earlier runs recorded of the replica's writes"
     undo_sentence = "forget what was recorded of the replica's writes"

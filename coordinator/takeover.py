@@ -216,7 +216,9 @@ def take_over(
     epoch = registry.raise_epoch(connection, name)
     pair = registry.get_pair(connection, name)
     to = _destination(before, verb)
-    sentence = f"{SOFTWARE} has the run now, under epoch {epoch} ({verb.value})"
+    sentence = f"{SOFTWARE} works on the run, under epoch {epoch}"
+    if verb is not Verb.RESUME:
+        sentence += f", to {verb.value} it"
     note(connection, pair, author, EntryKind.NOTE, TAKEN_OVER, sentence=sentence)
     if verb is Verb.COMMIT:
         record = RestorePointRecord(restore_point=restore_point or RestorePoint.KEEP)

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from coordinator import journal, registry, soundness
 from coordinator.database import Database
+from coordinator.entries import JournalEntry
 from coordinator.errors import DatabaseError
 from coordinator.model import OnFailure, RestorePoint, RunOptions, State
 from coordinator.runs import Coordinator
@@ -248,7 +249,7 @@ def test_the_sentence_of_a_run_that_stopped_says_who_is_served(tmp_path: Path, m
     command.register()
     append = journal.append
 
-    def full(connection: Connection, entry: journal.JournalEntry) -> journal.JournalEntry:
+    def full(connection: Connection, entry: JournalEntry) -> JournalEntry:
         if entry.step == "protect_replica":
             raise DatabaseError("the registry cannot be written: no room on its file system; free some and repeat")
         return append(connection, entry)

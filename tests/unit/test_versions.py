@@ -58,7 +58,7 @@ async def test_a_run_begun_by_the_version_before_is_resumed_to_its_end(memory_fo
         if verb == "undo":
             assert (await coordinator.undo(PAIR)).state is State.FAILOVER
         entries = await coordinator.history(PAIR)
-    assert next(e.sentence for e in entries if e.step == "taken_over").startswith(f"{SOFTWARE} has the run now")
+    assert next(e.sentence for e in entries if e.step == "taken_over").startswith(f"{SOFTWARE} works on the run")
     with closing(sqlite3.connect(house.config.database)) as raw:
         assert raw.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
         with pytest.raises(sqlite3.IntegrityError, match="only ever added to"):
