@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 
 from coordinator import duties, journal, registry, rounds
 from coordinator.audit import AuditStatus, audit_status
+from coordinator.context import LIFT_ORIGINAL_FENCE
 from coordinator.entries import EntryKind, Phase
 from coordinator.limits import in_force
 from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
@@ -157,6 +158,11 @@ def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:
     """What undoing this run would leave behind."""
     begun = next((e for e in log.of_step("original_on") if e.kind is EntryKind.INTENT), None)
     name = pair.original.name
+    if not log.intended(LIFT_ORIGINAL_FENCE):
+        return UndoForecast(
+            original_ran_s=None,
+            sentence=f"this run has not released the original {name}: it is fenced, and nobody has used it since",
+        )
     if begun is None:
         return UndoForecast(
             original_ran_s=None,

@@ -6,7 +6,7 @@ from sqlalchemy import Connection
 
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
-from coordinator.called_off import counts
+from coordinator.called_off import ORIGINAL_IS_OFF, counts
 from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
@@ -275,6 +275,8 @@ class FenceOriginal(Step):
         except (HostUnreachable, AgentRefused) as error:
             if not is_silent(error) and (error.code == STALE_EPOCH or not await counts(context, error)):
                 raise
+            if context.log.notes(ORIGINAL_IS_OFF):
+                return ReleaseRecord(kept=False, condition=context.pair.flag.condition, why="called off, fenced later")
             await context.notice(f"the fence of the original stays as it is: {error.sentence}")
             return ReleaseRecord(kept=True, condition=context.pair.flag.condition, why="host unreachable")
         await context.notice(f"the original on {host} is torn and stays fenced until a run verifies it")

@@ -124,6 +124,19 @@ class TestTheFile:
             raw.execute("PRAGMA user_version=999")
         refused(command, "made by a newer failback (schema 999", "install that version; nothing was changed")
 
+    @pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+    def test_one_on_a_network_file_system_is_refused(
+        self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        mounts = tmp_path / "mountinfo"
+        mounts.write_text(f"40 22 0:40 / {tmp_path} rw - {kind} server:/export rw\n")
+        monkeypatch.setattr(soundness, "MOUNTS", mounts)
+        before = picture(command.config.state_dir)
+        told = command.json("status", PAIR, exit_code=1)["error"]
+        assert f"would lie on {kind}, a network file system" in told["sentence"]
+        assert "set state_dir to a folder on a local disk" in told["sentence"]
+        assert picture(command.config.state_dir) == before
+
     def test_looking_at_a_large_one_ends_in_time(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(soundness, "CHECK_WITHIN_S", -1.0)
         monkeypatch.setattr(soundness, "CHECK_EVERY", 1)

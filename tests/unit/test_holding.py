@@ -52,6 +52,7 @@ async def test_both_ways_on_lead_somewhere(house: House, verb: str) -> None:
     async with house.process() as coordinator:
         house.world.fault = no_room
         await coordinator.execute_run(PAIR)
+        assert "has not released the original web" in (await coordinator.forecast_undo(PAIR)).sentence
         assert (await coordinator.resume(PAIR)).state is State.NEEDS_OPERATOR, "tried again, and held again"
         house.world.fault = lambda *_: None
         outcome = await (coordinator.resume(PAIR) if verb == "resume" else coordinator.undo(PAIR))
