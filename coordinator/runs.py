@@ -22,10 +22,12 @@ from coordinator.entries import JournalEntry, RunRecord
 from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
+from coordinator.health import Doctor
 from coordinator.hooks import Hooks
 from coordinator.limits import LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
 from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
+from coordinator.pair_memory import remember_pair
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
@@ -112,9 +114,11 @@ class Coordinator:
         """
         pair = await look_up_pair(self.agents, request)
         author = self._author()
-        return await self._db.write(
+        made = await self._db.write(
             lambda connection: takeover.register(connection, pair, author, in_failover=request.in_failover)
         )
+        await remember_pair(self.agents, made)
+        return made
 
     async def record_failover(self, pair: str) -> Pair:
         """Ready → Failover, after proving the original off and the replica on. Harmless when repeated.
@@ -366,6 +370,10 @@ class Coordinator:
         return self._agents
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def doctor(self) -> Doctor:
+        """Looks at registry, agents and libvirt together, and clears up."""
+        return Doctor(self.config, self._db, self.agents, self.clock, self._author())
 
     @property
     def _db(self) -> Store:

@@ -17,10 +17,13 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli import (
+    adopt,
     cancel,
     commit,
     completion,
+    doctor,
     failover,
+    forget,
     history,
     limit,
     pairs,
@@ -212,6 +215,9 @@ for verb in (
     limit,
     pairs,
     history,
+    doctor,
+    adopt,
+    forget,
     pki,
     completion,
 ):
