@@ -25,8 +25,8 @@ from coordinator.takeover import Author, note
 from protocol.messages import Condition, HeldFence, HeldPair, Holdings, HostDescription, Power, Side, VmDescription
 
 STANDING = ("original_off", "fence_original", "tracking", "replica_off", "fence_replica", "protect_replica")
-"""Steps that a run whose replica is fenced may have done, in order: undo takes each back, which is harmless where it was
-never done."""
+"""Steps that a run whose replica is fenced may have done, in order: undo takes each back, which is harmless where it
+was never done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class SideEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """One pair as it would be adopted. `pair`: None where it cannot be; `sentence`: why, or what the evidence proves."""
+    """One pair as it would be adopted. `pair`: None where it cannot be; `sentence`: why, or what is proven."""
 
     name: str
     original: SideEvidence | None
@@ -246,6 +246,12 @@ def _write(connection: Connection, proposal: Proposal, pair: Pair, author: Autho
         pair = replace(pair, epoch=max(pair.epoch, known.epoch + 1))
         registry.change_pair(connection, pair)
     if pair.run is not None:
+        if any(run.id == pair.run for run in journal.list_runs(connection, pair.name)):
+            raise WrongState(
+                f"{pair.name} is fenced for the run {pair.run}, which has ended here: `failback doctor {pair.name}` "
+                "says what is left of it",
+                pair=pair.name,
+            )
         _write_run(connection, proposal, pair, author)
     sentence = f"adopted from what its agents know: {proposal.sentence}"
     note(connection, pair, author, EntryKind.STATE, pair.state.value, run=pair.run or "", sentence=sentence)

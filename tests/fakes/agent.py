@@ -238,7 +238,8 @@ class World:
             if request.order.epoch < seen:
                 raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
             self.epochs[host] = request.order.epoch
-            self.orders.append((host, request))
+            if not isinstance(request, RememberPair):  # it touches nothing but the agent's memory
+                self.orders.append((host, request))
         match request:
             case Ping():
                 return Pong()
