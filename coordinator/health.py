@@ -31,6 +31,7 @@ from protocol.messages import (
     AskHoldings,
     Cleaned,
     CleanLeftovers,
+    Condition,
     Done,
     ForgetPair,
     Holdings,
@@ -133,7 +134,7 @@ class Doctor:
                 if pair.state is State.READY:
                     autostart = pair.original_autostart if side is Side.ORIGINAL else None
                     lift = LiftFence(order=order, vm_uuid=uuid, restore_autostart=True, autostart=autostart)
-                    await ask(agent, lift, Done, timeout_s=ORDER_TIMEOUT_S)
+                    await _lift(agent, lift)
                 request = CleanLeftovers(order=order, vm_uuid=uuid)
                 cleaned = await ask(agent, request, Cleaned, timeout_s=CLEAN_TIMEOUT_S)
                 done.append(CleanedHost(host=agent.host, cleaned=cleaned))
@@ -213,6 +214,15 @@ async def holdings_of(agents: AgentDirectory, hosts: set[str]) -> dict[str, Hold
         for host in sorted(hosts):
             nursery.start_soon(one, host)
     return {host: answers[host] for host in sorted(answers)}
+
+
+async def _lift(agent: Agent, lift: LiftFence) -> None:
+    """Torn disks stay fenced, and are told again by whoever looks next."""
+    try:
+        await ask(agent, lift, Done, timeout_s=ORDER_TIMEOUT_S)
+    except AgentRefused as error:
+        if error.code != Condition.TORN.value:
+            raise
 
 
 def _delete_pair(connection: Connection, name: str) -> None:

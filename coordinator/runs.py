@@ -27,7 +27,7 @@ from coordinator.hooks import Hooks
 from coordinator.limits import LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
 from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
-from coordinator.pair_memory import remember_pair
+from coordinator.pair_memory import remember_pair, seen_epoch
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
@@ -110,9 +110,11 @@ class Coordinator:
 
         Raises:
             UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so;
-                `WrongState`: a run of the known pair is under way or not final.
+                `WrongState`: a run of the known pair is under way or not final, or its agents know it already.
         """
         pair = await look_up_pair(self.agents, request)
+        if all(known.name != pair.name for known in await self.list_pairs()):
+            pair = replace(pair, epoch=await seen_epoch(self.agents, pair))
         author = self._author()
         made = await self._db.write(
             lambda connection: takeover.register(connection, pair, author, in_failover=request.in_failover)

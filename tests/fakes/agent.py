@@ -167,6 +167,7 @@ class World:
         self.pass_s = 1.0
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
+        self.obeyed: dict[str, str] = {}  # the pair whose orders each host has taken
         self.fault: Fault = no_fault
         self.orders: list[tuple[str, Request]] = []
         self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
@@ -238,6 +239,7 @@ class World:
             if request.order.epoch < seen:
                 raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
             self.epochs[host] = request.order.epoch
+            self.obeyed[host] = request.order.pair
             if not isinstance(request, RememberPair):  # it touches nothing but the agent's memory
                 self.orders.append((host, request))
         match request:
@@ -303,6 +305,9 @@ class World:
             for (at, side), (pair, told) in self.told.items()
             if at == host
         )
+        if not pairs and host in self.obeyed:
+            bare = HeldPair(pair=self.obeyed[host], epoch=self.epochs.get(host, 0), run="", side=None, mapping=None)
+            pairs = (bare,)
         views = tuple(
             Remnant(kind=RemnantKind.VIEW, vm_uuid=vm.uuid, name=name, recorded=True, in_use=True, removable=True)
             for vm in vms

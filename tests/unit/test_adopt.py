@@ -149,3 +149,12 @@ def test_an_old_copy_of_the_database_is_brought_above_what_agents_have_seen(comm
     assert codes == {"epoch-ahead"}
     assert adopted(command)["epoch"] == 41
     assert command("doctor").exit_code == 0
+
+
+def test_a_pair_that_agents_know_from_a_lost_registry_is_not_registered_over(command: Command) -> None:
+    command.fail_back()
+    lose_database(command)
+    words = ("register", PAIR, "--original", "prod/web", "--replica", "dr/web")
+    told = command.json(*words, exit_code=3)
+    assert told["error"]["code"] == "known-pair"
+    assert "failback adopt dr prod" in told["error"]["sentence"]
