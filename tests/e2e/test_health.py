@@ -83,7 +83,7 @@ def test_a_pair_whose_run_was_killed_and_whose_registry_was_deleted_is_adopted_a
 
     site.failback(*START, pair.name)
     pair.assert_same_disks()
-    site.failback("commit", pair.name, "--restore-point", "drop")
+    site.failback("commit", pair.name, "--yes", "--restore-point", "drop")
     assert pair.original.is_running()
     site.failback("doctor", pair.name)
     _assert_nothing_is_left(site, pair)
