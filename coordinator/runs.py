@@ -25,10 +25,12 @@ from coordinator.entries import JournalEntry, RunRecord
 from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
+from coordinator.health import Doctor
 from coordinator.hooks import Hooks
 from coordinator.limits import LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
 from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
+from coordinator.pair_memory import remember_pair, seen_epoch
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
@@ -113,13 +115,17 @@ class Coordinator:
 
         Raises:
             UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so;
-                `WrongState`: a run of the known pair is under way or not final.
+                `WrongState`: a run of the known pair is under way or not final, or its agents know it already.
         """
         pair = await look_up_pair(self.agents, request)
+        if all(known.name != pair.name for known in await self.list_pairs()):
+            pair = replace(pair, epoch=await seen_epoch(self.agents, pair))
         author = self._author()
-        return await self._db.write(
+        made = await self._db.write(
             lambda connection: takeover.register(connection, pair, author, in_failover=request.in_failover)
         )
+        await remember_pair(self.agents, made)
+        return made
 
     async def record_failover(self, pair: str) -> Pair:
         """Ready → Failover, after proving the original off and the replica on. Harmless when repeated.
@@ -391,6 +397,10 @@ class Coordinator:
         return self._agents
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def doctor(self) -> Doctor:
+        """Looks at registry, agents and libvirt together, and clears up."""
+        return Doctor(self.config, self._db, self.agents, self.clock, self._author())
 
     @property
     def _db(self) -> Store:

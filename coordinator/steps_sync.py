@@ -11,6 +11,7 @@ from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
+from coordinator.pair_memory import remember_pair
 from coordinator.plain import from_json
 from coordinator.records import (
     DiskSizes,
@@ -78,7 +79,7 @@ class Survey(Step):
     of_switchover = True  # what was seen inside one, the replica off, is not so once it is back in service
 
     async def do(self, context: RunContext) -> SurveyRecord:
-        """Ask both sides; nothing is changed but the registry's memory of the hosts."""
+        """Ask both sides; nothing is changed but the registry's memory of the hosts, and theirs of the pair."""
         hosts: list[HostDescription] = []
         for agent in (context.target, context.source):
             hosts.append(await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S))
@@ -89,6 +90,7 @@ class Survey(Step):
                 registry.see_host(connection, host, at_s)
 
         await context.store.write(remember)
+        await remember_pair(context.directory, context.pair, context.run.id)
         original, replica = await inspect(context, Side.ORIGINAL), await inspect(context, Side.REPLICA)
         self._ask_if_it_stopped(context, replica.power)
         return SurveyRecord(

@@ -17,11 +17,14 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli import (
+    adopt,
     backup,
     cancel,
     commit,
     completion,
+    doctor,
     failover,
+    forget,
     history,
     limit,
     pairs,
@@ -214,6 +217,9 @@ for verb in (
     pairs,
     history,
     backup,
+    doctor,
+    adopt,
+    forget,
     pki,
     completion,
 ):
