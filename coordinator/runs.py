@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -86,11 +87,13 @@ class Coordinator:
         self._agents: AgentDirectory | None = agents
         self._stack = AsyncExitStack()
         self._store: Store | None = None
+        self.rebuilds = False  # set before it is entered: a registry that is gone begins anew, to be rebuilt
         self._owes = False  # whether an original must be fenced at the first contact with its host
 
     async def __aenter__(self) -> Self:
-        """Open the database (made if missing)."""
-        database = await trio.to_thread.run_sync(Database.open, self.config.database)
+        """Open the database (made if there never was one)."""
+        opening = partial(Database.open, self.config.database, anew=self.rebuilds)
+        database = await trio.to_thread.run_sync(opening)
         self._stack.callback(database.close)
         self._store = self._make_store(database)
         self._owes = bool(await self._store.read(owed))
