@@ -113,9 +113,7 @@ async def _proposal(doctor: Doctor, name: str, told: dict[str, Holdings]) -> Pro
     mapping, other = sides[Side.ORIGINAL][1].mapping, sides[Side.REPLICA][1].mapping
     assert mapping is not None  # looked at above
     if mapping != other:
-        sentence = (
-            "its two agents do not agree on which VMs and disks it is: lift its fences, then register it"
-        )
+        sentence = "its two agents do not agree on which VMs and disks it is: lift its fences, then register it"
         return Proposal(name=name, original=None, replica=None, pair=None, sentence=sentence)
     original, replica, disks = refs_of(mapping)
     epoch = max(p.epoch for held in told.values() for p in held.pairs if p.pair == name)
