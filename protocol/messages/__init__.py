@@ -43,6 +43,7 @@ from protocol.messages.orders import (
     ProtectedDisk,
     ReadTracking,
     SetCondition,
+    TakePair,
     TrackingRead,
     Unprotect,
     ViewedDisk,
@@ -61,6 +62,7 @@ from protocol.messages.passes import (
     SetLimits,
 )
 from protocol.messages.questions import (
+    AskAuthority,
     AskEvidence,
     AskPower,
     BlockSamples,
@@ -71,6 +73,8 @@ from protocol.messages.questions import (
     HostDescription,
     ImageDescription,
     InspectVm,
+    LiftDescription,
+    PairAuthority,
     Ping,
     Pong,
     PowerAnswer,
@@ -84,6 +88,7 @@ from protocol.messages.words import (
     Codec,
     Condition,
     Direction,
+    HookState,
     OnTimeout,
     Order,
     PassKind,
@@ -96,7 +101,7 @@ from protocol.messages.words import (
 PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
-Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping
+Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | AskAuthority | Ping
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -113,6 +118,7 @@ OrderRequest = (
     | AllowPass
     | RunPass
     | SetLimits
+    | TakePair
 )
 Request = Question | OrderRequest
 Reply = (
@@ -121,6 +127,7 @@ Reply = (
     | PowerAnswer
     | Evidence
     | BlockSamples
+    | PairAuthority
     | Pong
     | Done
     | PoweredOff
@@ -150,6 +157,7 @@ BulkMessage = (
 __all__ = [
     "PROTOCOL_VERSIONS",
     "AllowPass",
+    "AskAuthority",
     "AskEvidence",
     "AskPower",
     "AskWritten",
@@ -184,14 +192,17 @@ __all__ = [
     "Grant",
     "GrantedDisk",
     "Hello",
+    "HookState",
     "HostDescription",
     "ImageDescription",
     "InspectVm",
+    "LiftDescription",
     "LiftFence",
     "OnTimeout",
     "OpenView",
     "Order",
     "OrderRequest",
+    "PairAuthority",
     "PassFailed",
     "PassKind",
     "PassProgress",
@@ -219,6 +230,7 @@ __all__ = [
     "Side",
     "SnapshotDescription",
     "SpanAnswer",
+    "TakePair",
     "TargetEvidence",
     "TrackedSpan",
     "Tracking",

@@ -17,6 +17,7 @@ from coordinator.agents import Agent, ProgressCallback
 from coordinator.errors import AgentRefused, HostUnreachable
 from protocol.messages import (
     AllowPass,
+    AskAuthority,
     AskEvidence,
     AskPower,
     AskWritten,
@@ -37,10 +38,12 @@ from protocol.messages import (
     HostDescription,
     ImageDescription,
     InspectVm,
+    LiftDescription,
     LiftFence,
     OnTimeout,
     OpenView,
     OrderRequest,
+    PairAuthority,
     PassKind,
     PassProgress,
     PassReport,
@@ -63,6 +66,7 @@ from protocol.messages import (
     SetLimits,
     Side,
     SnapshotDescription,
+    TakePair,
     Tracking,
     TrackingRead,
     Unprotect,
@@ -99,6 +103,7 @@ class FakeVm:
     disks: Content
     autostart: bool = True
     fence: FakeFence | None = None
+    lifted: LiftDescription | None = None
     condition: Condition | None = None
     view: str | None = None
     snapshots: dict[str, Content] = field(default_factory=dict)
@@ -114,6 +119,11 @@ class FakeVm:
     @property
     def is_off(self) -> bool:
         return self.power is Power.OFF
+
+
+def mark_of(place: str) -> str:
+    """What tells a registry from others, wherever its folder is by now."""
+    return place.rpartition("#")[2]
 
 
 Fault = Callable[[str, Request, str], None]
@@ -139,6 +149,7 @@ class World:
         self.pass_s = 1.0
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
+        self.holders: dict[str, str] = {}  # by host, the place of the registry that holds the pair
         self.fault: Fault = no_fault
         self.orders: list[tuple[str, Request]] = []
         self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
@@ -205,6 +216,11 @@ class World:
     async def handle(self, host: str, request: Request, on_progress: ProgressCallback | None) -> Reply:
         if isinstance(request, OrderRequest):
             seen = self.epochs.get(host, 0)
+            holder = self.holders.setdefault(host, mark_of(request.order.place))
+            if isinstance(request, TakePair) and request.order.epoch > seen:
+                self.holders[host] = holder = mark_of(request.order.place)
+            if holder != mark_of(request.order.place):
+                raise AgentRefused(f"{holder} holds the pair under epoch {seen}", code="held", host=host)
             if request.order.epoch < seen:
                 raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
             self.epochs[host] = request.order.epoch
@@ -212,6 +228,13 @@ class World:
         match request:
             case Ping():
                 return Pong()
+            case AskAuthority():
+                place, asked = self.holders.get(host, ""), mark_of(request.place)
+                return PairAuthority(
+                    epoch=self.epochs.get(host, 0), holder=place, is_you=place in ("", asked), run="r", since_s=1.0
+                )
+            case TakePair():
+                return Done()
             case DescribeHost():
                 return _host(host)
             case InspectVm():
@@ -490,6 +513,7 @@ class World:
             job=None,
             job_is_ours=False,
             fence=None if vm.fence is None else self._fence_description(vm, vm.fence),
+            lifted=vm.lifted,
         )
 
     def _fence_description(self, vm: FakeVm, fence: FakeFence) -> FenceDescription:
