@@ -15,7 +15,17 @@ from agent.errors import Held, StaleEpoch
 from agent.ledger import FenceRecord, Ledger
 from agent.passes import PassDesk
 from agent.threads import Threads
-from protocol.messages import AllowPass, AskAuthority, Order, OrderRequest, PairAuthority, RunPass, SetLimits, TakePair
+from protocol.messages import (
+    AllowPass,
+    AskAuthority,
+    Order,
+    OrderRequest,
+    PairAuthority,
+    RememberPair,
+    RunPass,
+    SetLimits,
+    TakePair,
+)
 from protocol.tls import PeerIdentity
 
 
@@ -24,7 +34,7 @@ def vm_of(request: OrderRequest) -> str:
     match request:
         case AllowPass():
             return request.grant.vm_uuid
-        case RunPass() | SetLimits() | TakePair():
+        case RunPass() | SetLimits() | TakePair() | RememberPair():
             return ""
         case _:
             return request.vm_uuid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -48,7 +48,7 @@ class FenceRecord:
     autostart_before: bool
     images: tuple[FencedImage, ...]
     vm_name: str = ""
-    since_s: float = 0.0
+    since_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

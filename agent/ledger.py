@@ -204,7 +204,10 @@ class Ledger:
         # The hook's list is ahead of the ledger with new fences and behind it with lifted ones: never one too few.
         gone = tuple(fence for fence in self._contents.fences if fence not in contents.fences)
         self._list(replace(contents, fences=(*contents.fences, *gone)))
-        self._replace(self.path, text)
+        try:
+            replace_whole(self.path, text)
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._contents = contents
         self._list(contents)
 
@@ -217,16 +220,9 @@ class Ledger:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _replace(self, path: Path, text: str) -> None:
-        try:
-            replace_whole(path, text)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
     def _unwritable(self, error: OSError) -> LedgerError:
-        return LedgerError(
-            f"the agent's ledger {self.path} cannot be written: {error.strerror}; free or mend its file system"
-        )
+        cure = "free or mend its file system"
+        return LedgerError(f"the agent's ledger {self.path} cannot be written: {error.strerror}; {cure}")
 
     def _change(self, change: Callable[[Contents], Contents]) -> None:
         """Make `change`'s result durable; no write where it changes nothing."""
@@ -301,6 +297,10 @@ class Ledger:
         if self.condition(record.vm_uuid) == record:
             return
         self._change(lambda old: replace(old, conditions=(*_without(old.conditions, record.vm_uuid), record)))
+
+    def drop_condition(self, vm_uuid: str) -> None:
+        """Forget the flag of that VM's disks: they belong to no pair any more."""
+        self._change(lambda old: replace(old, conditions=_without(old.conditions, vm_uuid)))
 
     def protection(self, vm_uuid: str, snapshot: str) -> ProtectionRecord | None:
         """The record of that protective snapshot."""

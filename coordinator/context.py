@@ -27,7 +27,7 @@ LIFT_ORIGINAL_FENCE = "lift_original_fence"
 @dataclass
 class RunContext:
     """One run in the hands of one process. `pair` and `epoch` change as the run goes on; the rest
-    stays. `place`: of its registry (`coordinator.holding.place_of`)."""
+    stays. `place`: of its registry (`coordinator.pair_holder.place_of`)."""
 
     pair: Pair
     run: RunRecord

@@ -23,6 +23,25 @@ from protocol.messages.bulk import (
     ZeroRanges,
 )
 from protocol.messages.handshake import BulkHello, BulkWelcome, Goodbye, Hello, Welcome
+from protocol.messages.health import (
+    AskHoldings,
+    Cleaned,
+    CleanLeftovers,
+    ForgetPair,
+    HeldCondition,
+    HeldDisk,
+    HeldFence,
+    HeldPair,
+    HeldPass,
+    HeldServer,
+    Holdings,
+    MappedDisk,
+    PairMap,
+    RememberPair,
+    Remnant,
+    RemnantKind,
+    VmName,
+)
 from protocol.messages.orders import (
     AskWritten,
     Cancel,
@@ -101,7 +120,9 @@ from protocol.messages.words import (
 PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
-Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | AskAuthority | Ping
+Question = (
+    DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings | AskAuthority
+)
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -119,6 +140,9 @@ OrderRequest = (
     | RunPass
     | SetLimits
     | TakePair
+    | RememberPair
+    | CleanLeftovers
+    | ForgetPair
 )
 Request = Question | OrderRequest
 Reply = (
@@ -136,6 +160,8 @@ Reply = (
     | TrackingRead
     | Protected
     | PassReport
+    | Holdings
+    | Cleaned
 )
 ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
 
@@ -159,6 +185,7 @@ __all__ = [
     "AllowPass",
     "AskAuthority",
     "AskEvidence",
+    "AskHoldings",
     "AskPower",
     "AskWritten",
     "BlockData",
@@ -168,6 +195,8 @@ __all__ = [
     "BulkWelcome",
     "ByteRange",
     "Cancel",
+    "CleanLeftovers",
+    "Cleaned",
     "CloseView",
     "Codec",
     "CompareSpan",
@@ -188,21 +217,31 @@ __all__ = [
     "Failure",
     "FenceDescription",
     "FenceVm",
+    "ForgetPair",
     "Goodbye",
     "Grant",
     "GrantedDisk",
+    "HeldCondition",
+    "HeldDisk",
+    "HeldFence",
+    "HeldPair",
+    "HeldPass",
+    "HeldServer",
     "Hello",
+    "Holdings",
     "HookState",
     "HostDescription",
     "ImageDescription",
     "InspectVm",
     "LiftDescription",
     "LiftFence",
+    "MappedDisk",
     "OnTimeout",
     "OpenView",
     "Order",
     "OrderRequest",
     "PairAuthority",
+    "PairMap",
     "PassFailed",
     "PassKind",
     "PassProgress",
@@ -220,6 +259,9 @@ __all__ = [
     "ProtectedDisk",
     "Question",
     "ReadTracking",
+    "RememberPair",
+    "Remnant",
+    "RemnantKind",
     "Reply",
     "Request",
     "Role",
@@ -240,6 +282,7 @@ __all__ = [
     "ViewSince",
     "ViewedDisk",
     "VmDescription",
+    "VmName",
     "Welcome",
     "ZeroRanges",
 ]

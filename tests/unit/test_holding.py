@@ -1,135 +1,82 @@
-"""Two registries for one pair: the second touches nothing, and takes the pair only where a person says so."""
+"""`--on-failure hold`: what a person is told, and both ways on."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from coordinator.config import Config
-from coordinator.errors import AgentRefused, ExitCode, HostUnreachable
-from coordinator.holding import place_of
-from coordinator.model import RestorePoint, RunOptions, State
-from protocol.messages import Request
-from tests.unit.coordinator_house import PAIR, REQUEST, House
+from coordinator.errors import AgentRefused, ExitCode, WrongState
+from coordinator.model import OnFailure, RunOptions, State
+from protocol.messages import Protect, Request
+from tests.fakes.agent import unreachable
+from tests.unit.coordinator_house import PAIR, House
+
+HOLD = RunOptions(on_failure=OnFailure.HOLD)
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path / "one")
+async def house(memory_folder: Path) -> House:
+    made = House(memory_folder / "state")
+    await made.register()
+    async with made.process() as coordinator:
+        await coordinator.start_run(PAIR, HOLD)
+    return made
 
 
-def _second(house: House, folder: Path, *, copied: bool) -> House:
-    """Another registry over the same agents; `copied`: with a copy of the first one's database."""
-    folder.mkdir()
-    if copied:
-        for file in house.folder.glob("registry.sqlite*"):
-            shutil.copy(file, folder)
-    return House(folder, house.world)
+def no_room(_host: str, request: Request, moment: str) -> None:
+    if isinstance(request, Protect) and moment == "before":
+        raise AgentRefused("no room; free some", code="hypervisor")
 
 
-async def _run_once(house: House) -> None:
-    """The pair's run of that registry, up to *Failback*."""
+async def test_a_failure_is_held_and_names_the_vms_and_the_exits(house: House) -> None:
     async with house.process() as coordinator:
-        await coordinator.register_pair(REQUEST)
-        await coordinator.start_run(PAIR, RunOptions())
-        assert (await coordinator.execute_run(PAIR)).state is State.FAILBACK
+        house.world.fault = no_room
+        outcome = await coordinator.execute_run(PAIR)
+        pair = await coordinator.get_pair(PAIR)
+        entries = await coordinator.history(PAIR)
+        with pytest.raises(WrongState, match="`failback resume web` or `failback undo web`"):
+            await coordinator.cancel(PAIR)
+    assert (outcome.state, outcome.exit_code) == (State.NEEDS_OPERATOR, ExitCode.NEEDS_OPERATOR)
+    assert outcome.sentence.startswith("the switchover failed and is held (--on-failure hold): no room; free some.")
+    assert "the replica on dr is off, the original on prod is off, so nobody is served" in outcome.sentence
+    assert pair.operator is not None
+    assert pair.operator.exits == ("resume", "undo")
+    assert entries[-1].sentence == outcome.sentence
+    assert house.world.replica.fence is not None
+    assert house.world.original.fence is not None
 
 
-async def test_a_copied_database_is_refused_before_it_changes_anything(house: House, tmp_path: Path) -> None:
-    await _run_once(house)
-    second = _second(house, tmp_path / "two", copied=True)
-    orders = len(house.world.orders)
-    async with second.process() as coordinator:
-        before = await coordinator.get_pair(PAIR)
-        for verb in (coordinator.undo, coordinator.resume):
-            with pytest.raises(AgentRefused, match="--take-over") as caught:
-                await verb(PAIR)
-            assert (caught.value.code, caught.value.exit_code) == ("held", ExitCode.REFUSED)
-        assert await coordinator.get_pair(PAIR) == before
-    assert len(house.world.orders) == orders
-
-
-async def test_a_pair_registered_twice_is_started_once(house: House, tmp_path: Path) -> None:
-    second = _second(house, tmp_path / "two", copied=False)
-    async with second.process() as coordinator:
-        await coordinator.register_pair(REQUEST)
-    await _run_once(house)
-    orders = len(house.world.orders)
-    async with second.process() as coordinator:
-        with pytest.raises(AgentRefused, match="held"):
-            await coordinator.start_run(PAIR, RunOptions())
-        assert (await coordinator.get_pair(PAIR)).state is State.FAILOVER
-        assert await coordinator.runs(PAIR) == ()
-    assert len(house.world.orders) == orders
-
-
-async def test_taken_over_the_first_is_the_one_refused_and_the_run_goes_on(house: House, tmp_path: Path) -> None:
-    await _run_once(house)
-    second = _second(house, tmp_path / "two", copied=True)
-    async with second.process() as coordinator:
-        assert "is taken over from" in await coordinator.take_pair(PAIR)
-        assert (await coordinator.undo(PAIR)).state is State.FAILOVER
-        assert any("--take-over" in entry.sentence for entry in await coordinator.history(PAIR))
+@pytest.mark.parametrize("verb", ["resume", "undo"])
+async def test_both_ways_on_lead_somewhere(house: House, verb: str) -> None:
     async with house.process() as coordinator:
-        with pytest.raises(AgentRefused, match="held"):
-            await coordinator.commit(PAIR, RestorePoint.KEEP)
-
-
-async def test_a_database_from_a_backup_is_behind_and_says_so(house: House, tmp_path: Path) -> None:
-    async with house.process() as coordinator:
-        await coordinator.register_pair(REQUEST)
-        await coordinator.start_run(PAIR, RunOptions())
-    shutil.copy(house.folder / "registry.sqlite", tmp_path / "backup")
-    async with house.process() as coordinator:
+        house.world.fault = no_room
         await coordinator.execute_run(PAIR)
-        epoch = (await coordinator.get_pair(PAIR)).epoch
-    for file in house.folder.glob("registry.sqlite*"):
-        file.unlink()
-    shutil.copy(tmp_path / "backup", house.folder / "registry.sqlite")
+        assert "has not released the original web" in (await coordinator.forecast_undo(PAIR)).sentence
+        assert (await coordinator.resume(PAIR)).state is State.NEEDS_OPERATOR, "tried again, and held again"
+        house.world.fault = lambda *_: None
+        outcome = await (coordinator.resume(PAIR) if verb == "resume" else coordinator.undo(PAIR))
+    assert outcome.state is (State.FAILBACK if verb == "resume" else State.FAILOVER)
+    assert house.world.replica.is_off is (verb == "resume")
+    assert house.world.original.boots == (1 if verb == "resume" else 0)
+
+
+async def test_a_host_that_does_not_answer_is_said_to_be_unknown(house: House) -> None:
+    def died(host: str, _request: Request, _moment: str) -> None:
+        if house.world.replica.is_off and host == "prod":
+            raise unreachable(host)
+
     async with house.process() as coordinator:
-        with pytest.raises(AgentRefused, match="is behind") as caught:
-            await coordinator.resume(PAIR)
-        assert caught.value.code == "stale-epoch"
-        await coordinator.take_pair(PAIR)
-        assert (await coordinator.get_pair(PAIR)).epoch > epoch
+        house.world.fault = died
+        outcome = await coordinator.execute_run(PAIR)
+    assert outcome.state is State.NEEDS_OPERATOR
+    assert "whether the original is off is not known (prod does not say)" in outcome.sentence
 
 
-async def test_a_fresh_process_of_the_same_registry_needs_nothing_also_in_another_folder(
-    house: House, tmp_path: Path
-) -> None:
+async def test_a_replica_that_may_still_go_off_is_for_a_person_too(house: House) -> None:
+    house.world.replica.ignores_shutdown = True
     async with house.process() as coordinator:
-        await coordinator.register_pair(REQUEST)
-        await coordinator.start_run(PAIR, RunOptions())
-    moved = house.twin(tmp_path / "moved")
-    async with moved.process() as coordinator:
-        assert (await coordinator.execute_run(PAIR)).state is State.FAILBACK
-
-
-async def test_what_no_agent_answers_cannot_be_taken(house: House) -> None:
-    async with house.process() as coordinator:
-        await coordinator.register_pair(REQUEST)
-
-        def down(host: str, _request: Request, _moment: str) -> None:
-            raise HostUnreachable(f"{host} does not answer")
-
-        house.world.fault = down
-        before = await coordinator.get_pair(PAIR)
-        with pytest.raises(HostUnreachable):
-            await coordinator.take_pair(PAIR)
-        assert await coordinator.get_pair(PAIR) == before
-
-
-def test_places_differ_by_registry_and_stay_when_a_folder_is_moved(tmp_path: Path) -> None:
-    configs = [Config(state_dir=tmp_path / name) for name in ("a", "b")]
-    for config in configs:
-        config.state_dir.mkdir()
-    one, other = map(place_of, configs)
-    assert one.startswith(f"{one.partition(':')[0]}:{tmp_path}/a #")
-    assert one.partition("#")[2] != other.partition("#")[2]
-    assert place_of(configs[0]) == one
-    (tmp_path / "a").rename(tmp_path / "c")
-    assert place_of(replace(configs[0], state_dir=tmp_path / "c")).partition("#")[2] == one.partition("#")[2]
-    assert {file.name for file in (tmp_path / "c").iterdir()} == {"registry.mark"}
+        outcome = await coordinator.execute_run(PAIR)
+    assert outcome.state is State.NEEDS_OPERATOR, "it was asked, and may still go off"
+    assert "the replica on dr is running" in outcome.sentence
+    assert "look at both before you go on" in outcome.sentence
