@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.ledger import ConditionRecord, DiskCondition, FenceRecord
+from agent.lift_record import LiftRecord
 from agent.sources import OpenedView
 from agent.virt.seam import Domain, DomainDisk, Image, PowerState
 from protocol.messages import (
@@ -10,6 +11,7 @@ from protocol.messages import (
     DiskDescription,
     FenceDescription,
     ImageDescription,
+    LiftDescription,
     Power,
     Side,
     SnapshotDescription,
@@ -89,7 +91,23 @@ def viewed(opened: OpenedView) -> tuple[ViewedDisk, ...]:
     )
 
 
-def vm(domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None) -> VmDescription:
+def _lifted(record: LiftRecord | None) -> LiftDescription | None:
+    """A fence lifted by hand, on the wire."""
+    if record is None:
+        return None
+    return LiftDescription(
+        pair=record.pair,
+        run=record.run,
+        by=record.by,
+        reason=record.reason,
+        at_s=record.at_s,
+        condition=Condition(record.condition),
+    )
+
+
+def vm(
+    domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None, lifted: LiftRecord | None = None
+) -> VmDescription:
     """A domain on the wire."""
     return VmDescription(
         uuid=domain.uuid,
@@ -109,4 +127,5 @@ def vm(domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None) -> 
         job=domain.job,
         job_is_ours=job_is_ours,
         fence=fence,
+        lifted=_lifted(lifted),
     )

@@ -41,8 +41,8 @@ class Database:
         damaged is refused and left as it is.
 
         Args:
-            anew: one that is gone is made, though something beside it shows that there was one; whoever says so fills it
-                with what others know.
+            anew: one that is gone is made, though something beside it shows that there was one: whoever says so fills
+                it with what others know.
 
         Raises:
             DatabaseError: a network file system, one that is full or read-only; no permission; not a database, not

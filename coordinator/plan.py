@@ -12,6 +12,7 @@ from coordinator.model import LateEvidence, Pair, Plan, PlannedDisk, RunOptions
 from coordinator.planned_steps import is_off, planned_steps, power_of
 from coordinator.refusals import find_refusals
 from coordinator.rooms import rooms
+from coordinator.steps_sync import lifted_words
 from protocol.messages import Condition, Power, Side, Tracking
 
 WHY_DIGESTS = (
@@ -82,6 +83,10 @@ def _notes(case: Case) -> Iterator[str]:
             "The original is torn already: an earlier run wrote to it and did not finish, so it must not boot until "
             "this one has."
         )
+    vm = case.vm(Side.ORIGINAL)
+    if vm is not None and vm.vm.lifted is not None and vm.vm.fence is None:
+        words = lifted_words(vm.vm.lifted, original.host)
+        yield f"{words[:1].upper()}{words[1:]}."
     if is_off(case):
         yield f"The replica {replica.name} is off: one pass is enough, and nobody is served meanwhile."
     elif power_of(case, Side.REPLICA) is Power.RUNNING:

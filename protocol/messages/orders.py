@@ -15,6 +15,16 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakePair:
+    """A person says that the coordinator which holds the pair holds it no more: from now on the one that asks does,
+    under an epoch that must be higher than any seen. Every other order of another coordinator is refused (code
+    ``held``). Acknowledged when everything under the lower epoch has ended."""
+
+    order: Order
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoweredOff:
     """The VM is off."""
 
