@@ -37,6 +37,7 @@ def _image(image: Image) -> ImageDescription:
         external_data=image.external_data,
         modified_s=image.modified_s,
         allocated_bytes=image.allocated_bytes,
+        keeps_bitmaps=image.keeps_bitmaps,
     )
 
 

@@ -47,6 +47,7 @@ class ImageDescription:
     external_data: bool
     modified_s: float = 0.0  # when its file was last written, seconds since 1970 by that host's clock; 0: not known
     allocated_bytes: int = 0  # what it takes of its storage
+    keeps_bitmaps: bool | None = None  # whether its format can hold persistent dirty bitmaps; None: not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,22 @@ class TestEvidence:
         assert last["vdb"].why_not_higher == "nothing was asked since any view"
 
     @pytest.mark.parametrize("options", [RunOptions(), RunOptions(track=Tracking.NONE)])
-    async def test_agents_that_know_nothing_of_evidence_get_full_digests(
+    async def test_an_agent_that_does_not_say_what_its_disks_hold_does_not_get_the_original_started(
         self, house: House, options: RunOptions
     ) -> None:
         house.world.knows_evidence = False
         outcome, _ = await whole_run(house, options)
+        assert outcome.state is State.FAILOVER
+        assert "does not say what the original's disks hold" in outcome.sentence
+        assert house.world.replica.power is Power.RUNNING
+        assert house.world.original.power is Power.OFF
+
+    @pytest.mark.parametrize("options", [RunOptions(), RunOptions(track=Tracking.NONE)])
+    async def test_agents_that_know_nothing_of_evidence_get_full_digests_and_need_a_full_verification(
+        self, house: House, options: RunOptions
+    ) -> None:
+        house.world.knows_evidence = False
+        outcome, _ = await whole_run(house, replace(options, verify_full=True))
         assert outcome.state is State.FAILBACK
         assert outcome.report is not None
         assert {line.rung for line in outcome.report.disks} == {"digests"}
