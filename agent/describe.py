@@ -109,5 +109,8 @@ def vm(domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None) -> 
         checkpoints=domain.checkpoints,
         job=domain.job,
         job_is_ours=job_is_ours,
+        running_since_s=domain.running_since_s,
+        last_started_s=domain.last_started_s,
+        last_stopped_s=domain.last_stopped_s,
         fence=fence,
     )

@@ -111,6 +111,9 @@ class VmDescription:
     job: str | None
     job_is_ours: bool
     fence: FenceDescription | None
+    running_since_s: float = 0.0  # when its process started, seconds since 1970; 0: it does not run, or not known
+    last_started_s: float = 0.0  # when it was started and stopped last, by its host's log; 0: the log does not tell
+    last_stopped_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +154,7 @@ class TargetEvidence:
             to be made where there is none yet; None: it keeps no maps.
         map_known_bytes: how much of the disk the map knows.
         why_no_map: a sentence, where that is nothing.
+        touched: somebody else has written to the disk since this agent left it; `why_not` says what tells so.
     """
 
     target: str
@@ -159,6 +163,7 @@ class TargetEvidence:
     map_seed: int | None
     map_known_bytes: int
     why_no_map: str
+    touched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
