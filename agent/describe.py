@@ -85,6 +85,7 @@ def viewed(opened: OpenedView) -> tuple[ViewedDisk, ...]:
             tracked=target in opened.tracked,
             since=opened.since.get(target),
             why_not="; ".join(opened.why_not.get(target, ())),
+            rung=opened.dirty[target].rung if target in opened.dirty else "",
         )
         for target, size_bytes in opened.sizes.items()
     )

@@ -309,6 +309,39 @@ class TestLateEvidence:
             assert (await coordinator.cancel(PAIR)).state is State.FAILOVER
         assert world.records.is_clear
 
+    @pytest.mark.parametrize("late", list(LateEvidence))
+    async def test_evidence_that_falls_once_the_replica_is_protected_is_weighed_again(
+        self, house: House, late: LateEvidence
+    ) -> None:
+        world = house.world
+        fell = 0
+        states: list[State] = []
+
+        def fault(_host: str, request: Request, moment: str) -> None:
+            nonlocal fell
+            if isinstance(request, Protect) and moment == "before" and not fell:
+                fell += 1
+                world.records.kill()
+
+        def observe(event: Event) -> None:
+            if isinstance(event, StateChanged):
+                states.append(event.state)
+
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, replace(HARD, late_evidence=late))
+            world.fault = fault
+            with trio.fail_after(60):
+                outcome = await coordinator.execute_run(PAIR, observer=observe)
+            history = {entry.step for entry in await coordinator.history(PAIR)}
+        assert fell == 1
+        assert outcome.state is State.FAILBACK
+        returned = late is LateEvidence.RETURN
+        assert states.count(State.SWITCHING) == (2 if returned else 1)
+        assert ("late_return" in history) == returned
+        assert ("weighed_again" in history) == (not returned)
+        assert world.replica.is_off
+        assert list(world.replica.snapshots) != []
+
     async def test_records_that_cannot_be_removed_do_not_keep_the_replica_off(self, house: House) -> None:
         world = house.world
         stays = True
