@@ -39,6 +39,7 @@ def _image(image: Image) -> ImageDescription:
         external_data=image.external_data,
         modified_s=image.modified_s,
         allocated_bytes=image.allocated_bytes,
+        keeps_bitmaps=image.keeps_bitmaps,
     )
 
 
@@ -86,6 +87,7 @@ def viewed(opened: OpenedView) -> tuple[ViewedDisk, ...]:
             tracked=target in opened.tracked,
             since=opened.since.get(target),
             why_not="; ".join(opened.why_not.get(target, ())),
+            rung=opened.dirty[target].rung if target in opened.dirty else "",
         )
         for target, size_bytes in opened.sizes.items()
     )
@@ -126,6 +128,9 @@ def vm(
         checkpoints=domain.checkpoints,
         job=domain.job,
         job_is_ours=job_is_ours,
+        running_since_s=domain.running_since_s,
+        last_started_s=domain.last_started_s,
+        last_stopped_s=domain.last_stopped_s,
         fence=fence,
         lifted=_lifted(lifted),
     )

@@ -69,6 +69,12 @@ def _why_not_tracked(case: Case, replica: DiskCase) -> str:
     if case.options.track is Tracking.NONE:
         return WHY_UNTRACKED
     format_ = replica.disk.chain[0].format
+    if format_ == HAS_BITMAPS:
+        return (
+            "the image is qcow2 of the old version 2 (compat=0.10), which holds no dirty bitmaps, and overlays are for "
+            f"raw disks; `qemu-img amend -f qcow2 -o compat=1.1 {replica.disk.chain[0].path}` while "
+            f"{replica.vm.ref.name} is off makes it one that does"
+        )
     return f"{format_} has no dirty bitmaps ({HAS_BITMAPS} has); --track overlay records what is written to it"
 
 

@@ -111,6 +111,7 @@ class ViewedDisk:
             this one.
         since: the earlier view since which this one knows what was written; None: it does not.
         why_not: why it is not tracked, or does not know: a sentence, or empty.
+        rung: by what it knows it, ``bitmap`` or ``overlay``; empty: not told.
     """
 
     target: str
@@ -118,6 +119,7 @@ class ViewedDisk:
     tracked: bool = False
     since: str | None = None
     why_not: str = ""
+    rung: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

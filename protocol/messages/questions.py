@@ -48,6 +48,7 @@ class ImageDescription:
     external_data: bool
     modified_s: float = 0.0  # when its file was last written, seconds since 1970 by that host's clock; 0: not known
     allocated_bytes: int = 0  # what it takes of its storage
+    keeps_bitmaps: bool | None = None  # whether its format can hold persistent dirty bitmaps; None: not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,9 @@ class VmDescription:
     job_is_ours: bool
     fence: FenceDescription | None
     lifted: LiftDescription | None = None  # until a run has fenced and released it again
+    running_since_s: float = 0.0  # when its process started, seconds since 1970; 0: it does not run, or not known
+    last_started_s: float = 0.0  # when it was started and stopped last, by its host's log; 0: the log does not tell
+    last_stopped_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +169,7 @@ class TargetEvidence:
             to be made where there is none yet; None: it keeps no maps.
         map_known_bytes: how much of the disk the map knows.
         why_no_map: a sentence, where that is nothing.
+        touched: somebody else has written to the disk since this agent left it; `why_not` says what tells so.
     """
 
     target: str
@@ -173,6 +178,7 @@ class TargetEvidence:
     map_seed: int | None
     map_known_bytes: int
     why_no_map: str
+    touched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -394,6 +394,9 @@ class World:
                 if self.records.checkpoints:
                     raise AgentRefused("cannot perform block operations while checkpoint exists", code="hypervisor")
                 vm.snapshots.setdefault(request.snapshot, dict(vm.disks))
+                if self.records.lost_late:
+                    self.records.lost_late = False
+                    self.records.kill()
                 disks = tuple(
                     ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in request.targets
                 )
