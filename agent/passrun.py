@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from agent.attempts import Connect
 from agent.disk.open import open_target
 from agent.disk.seam import Disk
 from agent.errors import AgentError, DiskError, NoEvidence, SyncError
@@ -17,7 +18,7 @@ from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
 from agent.maps import MapDesk
-from agent.passes import Connect, PassDesk, Progress, Session, set_limits
+from agent.passes import PassDesk, Progress, Session, set_limits
 from agent.sources import OpenedView, ViewDesk
 from agent.sync.pass_map import PassMap
 from agent.threads import Threads
@@ -210,7 +211,7 @@ class PassRunner:
                 )
 
     def _connector(self, request: RunPass, session: Session) -> Connect:
-        def connect(granted: GrantedDisk, seed: int) -> tuple[BulkSocket, BulkWelcome]:
+        def connect(granted: GrantedDisk, seed: int, attempt: int) -> tuple[BulkSocket, BulkWelcome]:
             return connect_bulk(
                 request.peer_host,
                 request.peer_port,
@@ -220,6 +221,7 @@ class PassRunner:
                 grant=session.grant.grant,
                 target=granted.peer_target,
                 digest_seed=seed,
+                attempt=attempt,
             )
 
         return connect

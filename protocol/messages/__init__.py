@@ -18,7 +18,9 @@ from protocol.messages.bulk import (
     EndOfPass,
     PassFailed,
     PassVerified,
+    ProvenRanges,
     SpanAnswer,
+    SpansSettled,
     TrackedSpan,
     ZeroRanges,
 )
@@ -139,9 +141,11 @@ BulkMessage = (
     | CompareSpan
     | TrackedSpan
     | ZeroRanges
+    | SpansSettled
     | BlockData
     | EndOfPass
     | SpanAnswer
+    | ProvenRanges
     | Credit
     | PassVerified
     | PassFailed
@@ -207,6 +211,7 @@ __all__ = [
     "Protect",
     "Protected",
     "ProtectedDisk",
+    "ProvenRanges",
     "Question",
     "ReadTracking",
     "Reply",
@@ -219,6 +224,7 @@ __all__ = [
     "Side",
     "SnapshotDescription",
     "SpanAnswer",
+    "SpansSettled",
     "TargetEvidence",
     "TrackedSpan",
     "Tracking",
