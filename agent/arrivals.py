@@ -31,8 +31,8 @@ class Joinable(Protocol):
 
 @dataclass
 class Arrivals:
-    """The connections of one attempt at a disk of a receiving pass: each is welcomed with a window, and hung up on at the
-    end.
+    """The connections of one attempt at a disk of a receiving pass: each is welcomed with a window, and hung up on at
+    the end.
 
     Attributes:
         attempt: its number; `proven`: what its source is told of.

@@ -1,4 +1,4 @@
-"""A disk of which the page cache is not to be believed: after a flush failed, clean pages may hold what storage has not."""
+"""A disk whose page cache is not to be believed: after a failed flush clean pages may hold what storage does not."""
 
 from __future__ import annotations
 

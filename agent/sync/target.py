@@ -314,6 +314,7 @@ class TargetPass:
                 f"disk {self.talk.disk_name}: {self.meter.written_bytes + self.meter.zeroed_bytes} bytes were written "
                 f"and {self.meter.verified_bytes} verified; run the pass again"
             )
+        self.proven.add(0, self.source_size_bytes)
         self.meter.settled_bytes = self.source_size_bytes
         if self.digest_map is not None:
             self.meter.name_rung(self.digest_map.lost)
