@@ -36,11 +36,11 @@ from protocol.tls import PeerIdentity, explain
 from protocol.tls_socket import TlsSocket
 
 IDLE_TIMEOUT_S = 300.0
-"""Neither side may leave the other without a byte for so long; ``Credit(payload_bytes=0)`` is a sign of life."""
+"""A peer whose kernel answers may take nothing from us for so long: its agent waits for its storage."""
 
-ENDING_TIMEOUT_S = 3600.0
-"""After `EndOfPass` the target flushes and reads back what it wrote, and may have nothing to say for long. A host that
-is gone is noticed before, by TCP keepalive."""
+SILENCE_TIMEOUT_S = 30.0
+"""Neither side may leave the other without a byte for so long, however busy it is: `Credit` of nothing is a sign of
+life of the target, `SpansSettled` said again one of the source; both are given every 5 s."""
 
 HANDSHAKE_TIMEOUT_S = 10.0
 
@@ -117,12 +117,10 @@ class BulkSocket:
         comes out as a message; whoever receives again gets ConnectionLost (PeerEnded after a Goodbye).
 
         Args:
-            timeout_s: how long the peer may be silent, instead of the connection's idle time-out.
+            timeout_s: how long the peer may be silent, instead of `SILENCE_TIMEOUT_S` (or the connection's idle
+                time-out, where that is less).
         """
-        if timeout_s is None:
-            ending = self._connection.state is State.ENDING
-            timeout_s = max(self._idle_timeout_s, ENDING_TIMEOUT_S) if ending else self._idle_timeout_s
-        return self._receive(timeout_s, None)
+        return self._receive(min(self._idle_timeout_s, SILENCE_TIMEOUT_S) if timeout_s is None else timeout_s, None)
 
     def welcome(
         self, *, window_bytes: int, ahead_bytes: int, lanes: int = 1, proven: Sequence[tuple[int, int]] = ()

@@ -31,6 +31,7 @@ from agent.sync.payloads import answer_from_wire, ranges_to_wire
 from agent.sync.processor import ProcessorTime
 from agent.sync.proven import check_runs, missing
 from agent.sync.rate import Limits
+from agent.sync.stall import StallWatch
 from agent.sync.tuning import INTERVAL_S, Tuning
 from agent.sync.work import Found, LaneBooks, Work, chosen, packed_whole, timed
 from protocol.errors import PeerViolation
@@ -86,6 +87,7 @@ class SourcePass:
         self._skimmed = trio.Semaphore(SKIMMED_AT_ONCE)
         self._second_look = trio.Lock()
         self._spare: memoryview | None = None
+        self._reading = 0
         self._books = {lane: LaneBooks(ByteBudget(self.ahead_bytes)) for lane in self.talk.lanes}
         self.meter.access = self.disk.access
         check_runs(self.proven, self.size_bytes)
@@ -237,7 +239,9 @@ class SourcePass:
                 seed=self.seed,
             )
         async with self._readers:
+            self._reading += 1
             hashed, seconds = await self.talk.threads.on_disk(partial(timed, call))
+            self._reading -= 1
         if not work.unasked:
             self.tuning.read(work.span.data_bytes, seconds)
         work.hashed = hashed
@@ -380,7 +384,11 @@ class SourcePass:
         self.tuning.learn(seen, compared_bytes=work.span.data_bytes, differing_bytes=differing_bytes)
 
     async def _accompany(self) -> None:
-        await side_by_side((self._tune, partial(keep_alive, self.talk, self._say_how_far)))
+        watch = StallWatch(self.talk.disk_name, "source", self.meter, self.limits, self._waits_for)
+        await side_by_side((self._tune, partial(keep_alive, self.talk, self._say_how_far), watch.run))
+
+    def _waits_for(self) -> str:
+        return "storage" if self._reading else "peer"
 
     async def _tune(self) -> None:
         """Look at what the links were waited for, again and again."""

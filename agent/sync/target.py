@@ -33,6 +33,7 @@ from agent.sync.payloads import (
 )
 from agent.sync.proven import Proven, Settling, SpanBooks
 from agent.sync.rate import Limits
+from agent.sync.stall import StallWatch
 from agent.sync.writing import Incoming, Writing
 from protocol.errors import PeerViolation, ProtocolError
 from protocol.messages import (
@@ -117,6 +118,7 @@ class TargetPass:
         self._everything_came = trio.Event()
         self._lanes_expected: int | None = None
         self._lanes_ended = 0
+        self._asking = 0
         self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter, self.digest_map)
         self.meter.access = self.disk.access
 
@@ -135,7 +137,12 @@ class TargetPass:
         self.talk.join(wire, self._listen)
 
     async def _give_signs_of_life(self) -> None:
-        await side_by_side((self._prove_in_time, partial(keep_alive, self.talk, self._give_sign_of_life)))
+        watch = StallWatch(self.talk.disk_name, "target", self.meter, self.limits, self._waits_for)
+        signs = partial(keep_alive, self.talk, self._give_sign_of_life)
+        await side_by_side((self._prove_in_time, signs, watch.run))
+
+    def _waits_for(self) -> str:
+        return "storage" if self._asking or self._writing.is_busy else "nobody"
 
     async def _prove_in_time(self) -> None:
         while True:
@@ -233,6 +240,7 @@ class TargetPass:
 
     def _ask(self, lane: Lane, books: LaneBooks, question: Question, span: SpanBooks) -> None:
         books.asked_bytes += question.data_bytes
+        self._asking += 1
         span.waiting += 1
         self.talk.spawn(partial(self._answer, lane, books, question, span))
 
@@ -294,6 +302,7 @@ class TargetPass:
         self.meter.mapped_bytes += answered.mapped_bytes
         self.meter.unmapped_bytes += question.data_bytes - answered.mapped_bytes
         books.asked_bytes -= question.data_bytes
+        self._asking -= 1
         self._check_open(books)
         books.allowed.open(question.message.offset_bytes, question.superblocks[told.differs])
         books.settling.done(span)

@@ -96,9 +96,9 @@ class Writing:
         return [*[self._write] * WRITERS, self._verify]
 
     @property
-    def waiting_bytes(self) -> int:
-        """What was put and is not written yet."""
-        return self._queue.taken_bytes
+    def is_busy(self) -> bool:
+        """Whether something that was put is not written yet, or is being verified."""
+        return bool(self._queue.taken_bytes) or not self._idle
 
     async def put(self, item: Incoming) -> None:
         """Queue an item; waits for room."""
