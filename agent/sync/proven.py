@@ -7,7 +7,7 @@ back and found right. Nothing is ever taken out of a set, and a set is about one
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from agent.delta.blocks import BLOCK_BYTES
@@ -19,9 +19,14 @@ Run = tuple[int, int]
 
 
 class Proven:
-    """Stretches of one disk, joined where they adjoin."""
+    """Stretches of one disk, joined where they adjoin.
+
+    Attributes:
+        is_quiet: tells whether nothing is being written to the disk that is not proven yet.
+    """
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
+        self.is_quiet: Callable[[], bool] = lambda: True
         self._starts: list[int] = []
         self._ends: list[int] = []
         for offset, length in runs:

@@ -12,8 +12,8 @@ from agent.sync.meter import Meter
 from agent.sync.rate import Limits
 
 STALLED_AFTER_S = 300.0
-"""Storage that has carried out none of our requests for so long is dead, however slow it may be when it is not. The side
-that waits for its peer gives that twice as long, so that of both the one speaks who knows."""
+"""Storage that has carried out none of our requests for so long is dead, however slow it may be when it is not. The
+side that waits for its peer gives that twice as long, so that of both the one speaks who knows."""
 LARGEST_STEP_BYTES = 128 << 20
 """What moves at once at most: under a limit it may take its time."""
 LOOK_EVERY_S = 5.0

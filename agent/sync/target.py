@@ -120,6 +120,7 @@ class TargetPass:
         self._lanes_ended = 0
         self._asking = 0
         self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter, self.digest_map)
+        self.proven.is_quiet = lambda: not (self._writing.is_busy or self._writing.is_behind)
         self.meter.access = self.disk.access
 
     async def run(self) -> None:

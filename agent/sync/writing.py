@@ -100,6 +100,11 @@ class Writing:
         """Whether something that was put is not written yet, or is being verified."""
         return bool(self._queue.taken_bytes) or not self._idle
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something is written and not proven."""
+        return bool(self._written.count)
+
     async def put(self, item: Incoming) -> None:
         """Queue an item; waits for room."""
         await self._queue.take(item.payload.nbytes + ITEM_BYTES)
