@@ -12,6 +12,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 
 import structlog
@@ -366,6 +367,10 @@ class AgentService:
 
     async def _open_view(self, request: OpenView) -> ViewOpened:
         pair = request.order.pair
+        if request.reopen:
+            again = partial(self.views.reopen, pair, request.vm_uuid, request.targets, request.view)
+            found = await self.threads.on_libvirt(again)
+            return ViewOpened(view=request.view, live=found.live, disks=describe.viewed(found))
         opened = await self.threads.on_libvirt(
             lambda: self.views.open(
                 pair,

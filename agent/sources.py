@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from agent.overlay_chain import FrozenDisk
 from agent.overlay_room import OverlayWatch, raw_disks
 from agent.overlays import OverlayTracking
 from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
+from agent.served_views import ServedView, ServedViews
 from agent.tags import tag_of
 from agent.tracking import closed_record, earlier_views
 from agent.virt.seam import Hypervisor, PowerState, View
@@ -39,6 +41,14 @@ log = structlog.get_logger("failback.agent")
 
 NOTICES_DEATH_WITHIN_S = 2.0
 """How long libvirt may take to notice that a QEMU whose view broke off has died."""
+UNCLAIMED_FOR_S = 900.0
+"""How long a view of a former agent process is kept for a run that is resumed: its guest pays for it meanwhile."""
+
+
+class NoSuchView(SyncError):
+    """A view that was asked for again is not there any more."""
+
+    code = "no-view"
 
 
 @dataclass
@@ -110,9 +120,11 @@ class ViewDesk:
     limits: ScratchLimits = field(default_factory=ScratchLimits)
     _open: dict[str, OpenedView] = field(default_factory=dict)
     _freezing: set[str] = field(default_factory=set)
+    _unclaimed: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ledger = self.fences.ledger
+        self._served = ServedViews(self._ledger.folder)
         self.scratch = ScratchWatch(
             self.limits,
             lambda vm_uuid, view: self.hypervisor.close_view(vm_uuid, tag_of(view)),
@@ -125,15 +137,82 @@ class ViewDesk:
         self._orphans = list(self._ledger.contents.views)
 
     def close_orphans(self) -> tuple[AgentError, ...]:
-        """End the views that an agent process before this one was killed over: nobody can read them any more. Returns
-        what went wrong; asked again, it tries again."""
+        """Take over the views that an agent process before this one was killed over, where QEMU still serves them
+        whole, and end those that it does not, or that no run has asked for since. Returns what went wrong; asked again,
+        it tries again."""
         failed: list[AgentError] = []
         for orphan in tuple(self._orphans):
             try:
-                self.close(orphan.vm_uuid, orphan.view)
+                if not self._attach(orphan):
+                    self.close(orphan.vm_uuid, orphan.view)
             except AgentError as error:
                 failed.append(error)
+        for vm_uuid, since_s in tuple(self._unclaimed.items()):
+            if time.monotonic() - since_s > UNCLAIMED_FOR_S:
+                log.info("a view that nobody asked for is closed", vm=vm_uuid, view=self._open[vm_uuid].view)
+                try:
+                    self.close_of(vm_uuid)
+                except AgentError as error:
+                    failed.append(error)
         return tuple(failed)
+
+    def _attach(self, orphan: ViewRecord) -> bool:
+        """Read a view of a former agent process again. False where it is not what it was, or not whole."""
+        record = self._served.of(orphan.vm_uuid, orphan.view)
+        if record is None or orphan.vm_uuid in self._open:
+            return False
+        try:
+            if not self.hypervisor.serves_view(orphan.vm_uuid, tag_of(orphan.view)):
+                return False
+        except NoSuchDomain:
+            return False
+        opened = OpenedView(record.pair, record.view, live=True)
+        opened.tracked |= set(record.tracked)
+        for target, reasons in record.why_not.items():
+            opened.why_not[target] = list(reasons)
+        try:
+            for target in record.targets:
+                opened.disks[target] = open_view(target, record.socket, record.exports[target])
+        except DiskError as error:
+            log.warning("the view of a former agent cannot be read", view=orphan.view, reason=error.sentence)
+            opened.close()
+            return False
+        for target, context in record.contexts.items():
+            opened.know(
+                target,
+                record.since[target],
+                partial(open_dirty_view, target, record.socket, record.exports[target], context),
+            )
+        self.scratch.begin(orphan.vm_uuid, record.view, record.scratch.values(), sum(opened.sizes.values()))
+        self._open[orphan.vm_uuid] = opened
+        self._unclaimed[orphan.vm_uuid] = time.monotonic()
+        self._orphans.remove(orphan)
+        log.info("a view of a former agent is taken over", vm=orphan.vm_uuid, view=orphan.view)
+        return True
+
+    def reopen(self, pair: str, vm_uuid: str, targets: Sequence[str], view: str) -> OpenedView:
+        """That very view of those disks, as it was frozen, if it is still there.
+
+        Raises:
+            NoSuchView: it is not; nothing has been changed.
+        """
+        for orphan in tuple(self._orphans):
+            if (orphan.vm_uuid, orphan.view) == (vm_uuid, view):
+                self._attach(orphan)
+        opened = self._open.get(vm_uuid)
+        if opened is None or (opened.pair, opened.view) != (pair, view) or set(opened.disks) != set(targets):
+            raise NoSuchView(f"the view {view} of those disks is not open on this host any more", vm=vm_uuid)
+        if self.scratch.reason(vm_uuid, view) is not None:
+            raise NoSuchView(f"the view {view} was given up for want of room for its scratch files", vm=vm_uuid)
+        if opened.live and not self._is_served(vm_uuid, opened):
+            raise NoSuchView(f"the VM does not serve the view {view} any more", vm=vm_uuid)
+        self._unclaimed.pop(vm_uuid, None)
+        return opened
+
+    def _is_served(self, vm_uuid: str, opened: OpenedView) -> bool:
+        if self._served.of(vm_uuid, opened.view) is None:  # overlays are part of it: they stay as long as the VM
+            return self.hypervisor.state(vm_uuid) is not PowerState.OFF
+        return self.hypervisor.serves_view(vm_uuid, tag_of(opened.view))
 
     def thaw_owed(self) -> tuple[AgentError, ...]:
         """Thaw the guests that are owed it since an agent was killed, or since their own agent did not answer; returns
@@ -276,6 +355,8 @@ class ViewDesk:
         if served is not None:
             for target in rest:
                 opened.disks[target] = open_view(target, served.socket, served.exports[target])
+            if not frozen:
+                self._served.put(_record_of(vm_uuid, opened, served))
             scratch_bytes = sum(opened.sizes[target] for target in rest)
             self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), scratch_bytes)
 
@@ -401,7 +482,9 @@ class ViewDesk:
         if opened is not None and opened.view == view:
             del self._open[vm_uuid]
             opened.close()
+        self._unclaimed.pop(vm_uuid, None)
         self.scratch.end(vm_uuid)
+        self._served.drop(vm_uuid)
         with contextlib.suppress(NoSuchDomain):  # deleted, and the job with it
             self.hypervisor.close_view(vm_uuid, tag_of(view))
         record = ViewRecord(vm_uuid=vm_uuid, view=view)
@@ -421,3 +504,19 @@ class ViewDesk:
             except AgentError as error:
                 failed.append(error)
         return tuple(failed)
+
+
+def _record_of(vm_uuid: str, opened: OpenedView, served: View) -> ServedView:
+    return ServedView(
+        vm_uuid=vm_uuid,
+        pair=opened.pair,
+        view=opened.view,
+        targets=tuple(opened.disks),
+        socket=served.socket,
+        exports=served.exports,
+        contexts={target: context for target, context in served.dirty_contexts.items() if target in opened.since},
+        scratch=served.scratch,
+        tracked=tuple(sorted(opened.tracked)),
+        since=dict(opened.since),
+        why_not={target: tuple(reasons) for target, reasons in opened.why_not.items()},
+    )

@@ -109,6 +109,8 @@ class CutLinks:
         """Blocks, in a thread of trio's, until the target lets us in."""
         self.before_connect(attempt)
         near, far = CutWire.pair(window_bytes=WINDOW_BYTES)
+        assert isinstance(near, CutWire)
+        assert isinstance(far, CutWire)
         left = self.letting[attempt - 1] if attempt <= len(self.letting) else None
         near.link_state = far.link_state = LinkState(left)
         hello = BulkHello(
