@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -118,13 +118,15 @@ class PassRunner:
                     self.passes.receive, session, opened, maps, self._marker(session), progress, why_not, proven
                 )
                 reports = await self._recorded(uuid, proven, receive)
-            except BaseException as error:
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    suspects = await self.threads.on_disk(partial(_not_flushed, opened))
                 await self._close(opened, complain=False)
                 # What went wrong first is what is told; without this a later pass can prove less.
                 with trio.CancelScope(shield=True), contextlib.suppress(AgentError):
                     await self.threads.on_disk(lambda: self.evidence.broken_off(uuid, tuple(opened)))
                 with trio.CancelScope(shield=True), contextlib.suppress(AgentError):
-                    await self.threads.on_disk(partial(self._break_off, uuid, begun, error))
+                    await self.threads.on_disk(partial(self._break_off, uuid, begun, suspects))
                 raise
             await self._close(opened, complain=True)
             with trio.CancelScope(shield=True):
@@ -166,10 +168,9 @@ class PassRunner:
         await accompanied(work, record)
         return reports[0]
 
-    def _break_off(self, vm_uuid: str, begun: dict[str, Begun], error: BaseException) -> None:
+    def _break_off(self, vm_uuid: str, begun: dict[str, Begun], suspects: frozenset[str]) -> None:
         for target, what in begun.items():
-            suspect = isinstance(error, FlushFailed) and error.facts.get("disk", target) == target
-            self.progress.broken_off(vm_uuid, target, what.proven, suspect=suspect)
+            self.progress.broken_off(vm_uuid, target, what.proven, suspect=target in suspects)
 
     def _open_maps(self, session: Session, maps: dict[str, PassMap]) -> dict[str, str]:
         """The digest maps of the disks that are about to be written; for the others, why there is none."""
@@ -307,3 +308,17 @@ def _check_written(opened: OpenedView, disks: Iterable[GrantedDisk]) -> None:
                 "tell what was written to it since then: run a pass that compares",
                 disk=granted.target,
             )
+
+
+def _not_flushed(opened: Mapping[str, Disk]) -> frozenset[str]:
+    """Make durable what a failed pass has written. Returns the disks of which that cannot be done; one whose flush has
+    failed before refuses the next, whatever it was that ended the pass."""
+    failed: set[str] = set()
+    for target, disk in opened.items():
+        try:
+            disk.flush()
+        except FlushFailed:
+            failed.add(target)
+        except DiskError:
+            continue
+    return frozenset(failed)
