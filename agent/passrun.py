@@ -20,9 +20,10 @@ from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
 from agent.maps import MapDesk
+from agent.opened_view import OpenedView
 from agent.passes import PassDesk, Progress, Session, set_limits
 from agent.progress import Begun, ProgressDesk
-from agent.sources import OpenedView, ViewDesk
+from agent.sources import ViewDesk
 from agent.sync.conversation import accompanied
 from agent.sync.pass_map import PassMap
 from agent.sync.proven import Proven
