@@ -78,17 +78,14 @@ class Arrivals:
                 await self.welcome(connection)
                 target.join(connection)
 
-    def take_successor(self) -> tuple[BulkSocket, BulkHello] | None:
-        """The first connection of a later attempt, if it has come; the caller's from now on."""
-        successor, self.successor = self.successor, None
-        return successor
-
-    async def hang_up(self) -> None:
-        """The attempt is over."""
+    async def hang_up(self, *, goes_on: bool = False) -> None:
+        """The attempt is over. `goes_on`: the caller takes its successor up, if there is one."""
         for connection, window_bytes in self._taken:
             await hang_up(self.threads, connection)
             self.windows.give_back(window_bytes)
         self._taken.clear()
+        if self.successor is not None and not goes_on:
+            await hang_up(self.threads, self.successor[0])
 
 
 async def hang_up(threads: Threads, connection: BulkSocket) -> None:

@@ -170,20 +170,22 @@ class Receiving:
                 attempt=hello.attempt,
                 proven=() if self.compares else self.proven.runs(),
             )
+            lost: ConnectionLost | None = None
             try:
                 await self._attempt(connection, arrivals)
                 return
-            except PeerEnded:
-                raise
             except ConnectionLost as error:
+                if isinstance(error, PeerEnded):
+                    raise
                 lost = error
             finally:
-                await arrivals.hang_up()
-            self.meter.cut()
+                await arrivals.hang_up(goes_on=lost is not None)
+            if not self.meter.reconnecting:
+                self.meter.cut()
             log.warning("the connections of a disk are lost", disk=self.granted.target, reason=lost.sentence)
             if self.digest_map is not None:
                 await self.threads.on_disk(self.digest_map.break_off)
-            arrived = arrivals.take_successor() or await self._next(hello, lost)
+            arrived = arrivals.successor or await self._next(hello, lost)
             if self.disk is not None and not self.compares:
                 # What is compared from here on may lie in the page cache alone, and would never be flushed again.
                 await self.threads.on_disk(self.disk.flush)

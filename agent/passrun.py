@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from agent.attempts import Connect
+from agent.delta.digest_map import WINDOW_BYTES
 from agent.disk.open import open_target
 from agent.disk.past_cache import PastCache
 from agent.disk.seam import Disk
@@ -113,7 +114,7 @@ class PassRunner:
                 self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
                 why_not = await self.threads.on_disk(lambda: self._why_compared(session))
                 why = await self.threads.on_disk(lambda: self._open_maps(session, maps))
-                await self.threads.on_disk(lambda: self._begin(session, opened, begun))
+                await self.threads.on_disk(lambda: self._begin(session, opened, maps, begun))
                 proven = {target: what.proven for target, what in begun.items()}
                 receive = partial(
                     self.passes.receive, session, opened, maps, self._marker(session), progress, why_not, proven
@@ -141,11 +142,16 @@ class PassRunner:
         self._verified[uuid] = session.grant.view
         return tuple(replace(r, why_not_higher=why.get(r.target, r.why_not_higher)) for r in reports)
 
-    def _begin(self, session: Session, opened: dict[str, Disk], begun: dict[str, Begun]) -> None:
+    def _begin(
+        self, session: Session, opened: dict[str, Disk], maps: Mapping[str, PassMap], begun: dict[str, Begun]
+    ) -> None:
         """Find out what is proven of each disk, and make durable whatever an earlier pass left in the page cache: what
         is compared from there would never be flushed again."""
         for granted in session.grant.disks:
-            what = begun[granted.target] = self.progress.begin(session.grant.vm_uuid, granted, session.grant.view)
+            what = self.progress.begin(session.grant.vm_uuid, granted, session.grant.view)
+            if granted.target in maps:
+                what = replace(what, proven=_known_to(maps[granted.target], what.proven))
+            begun[granted.target] = what
             if what.suspect:
                 opened[granted.target] = PastCache(opened[granted.target])
         for disk in opened.values():
@@ -323,3 +329,15 @@ def _not_flushed(opened: Mapping[str, Disk]) -> frozenset[str]:
         except DiskError:
             continue
     return frozenset(failed)
+
+
+def _known_to(digest_map: PassMap, proven: Proven) -> Proven:
+    """What of the proven stretches the map knows as well, by its windows. What it does not know, it learns only if it
+    is looked at once more; without that the original could not be audited."""
+    known = Proven()
+    for offset, length in proven.runs():
+        for start in range(offset, offset + length, WINDOW_BYTES):
+            part = min(WINDOW_BYTES, offset + length - start)
+            if digest_map.look_up([(start, part)])[1].all() and not digest_map.lost:
+                known.add(start, part)
+    return known
