@@ -18,13 +18,15 @@ from importlib.metadata import version
 import structlog
 
 from agent import describe, power
-from agent.authority import Authority
+from agent.authority import Authority, vm_of
 from agent.config import Config
 from agent.disk.lock import image_in_use
 from agent.equals import EqualsBook
 from agent.errors import AgentError, Forbidden, HypervisorError
 from agent.evidence import EvidenceDesk
+from agent.fence_install import hook_state
 from agent.fences import Fenced, FenceKeeper, Torn
+from agent.holdings import HoldingsDesk
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.maps import MapDesk
 from agent.passes import PassDesk
@@ -40,9 +42,12 @@ from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
 from protocol.messages import (
     AllowPass,
+    AskAuthority,
     AskEvidence,
+    AskHoldings,
     AskPower,
     AskWritten,
+    CleanLeftovers,
     CloseView,
     DescribeHost,
     Done,
@@ -51,10 +56,12 @@ from protocol.messages import (
     Failure,
     FenceDescription,
     FenceVm,
+    ForgetPair,
     HostDescription,
     InspectVm,
     LiftFence,
     OpenView,
+    Order,
     OrderRequest,
     Ping,
     Pong,
@@ -66,6 +73,7 @@ from protocol.messages import (
     Protected,
     ProtectedDisk,
     ReadTracking,
+    RememberPair,
     Reply,
     Request,
     RunPass,
@@ -73,6 +81,7 @@ from protocol.messages import (
     SetCondition,
     SetLimits,
     Side,
+    TakePair,
     Tracking,
     TrackingRead,
     Unprotect,
@@ -104,7 +113,7 @@ class AgentService:
 
     def __post_init__(self) -> None:
         self.fences = FenceKeeper(self.ledger, self.hypervisor)
-        self.passes = PassDesk(self.threads)
+        self.passes = PassDesk(self.threads, self.authority_is_current)
         scratch = self.config.scratch
         limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
@@ -112,6 +121,16 @@ class AgentService:
         self.progress = ProgressDesk(self.config.state_dir, self.fences)
         self.maps = MapDesk(self.config.state_dir, self.fences)
         self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder), self.maps)
+        self.holdings = HoldingsDesk(
+            self.config,
+            SOFTWARE,
+            self.hypervisor,
+            self.fences,
+            self.passes,
+            self.tracking,
+            self.maps,
+            self.evidence.book,
+        )
         self.runner = PassRunner(
             self.passes,
             self.views,
@@ -124,6 +143,10 @@ class AgentService:
             self.progress,
         )
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
+
+    def authority_is_current(self, order: Order) -> bool:
+        """Whether the order's epoch is still the highest seen for its pair."""
+        return self.ledger.epoch(order.pair) == order.epoch
 
     async def handle(self, request: Request, peer: PeerIdentity, progress: ProgressSink) -> Reply:
         """Answer one request.
@@ -140,6 +163,8 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
+            case AskAuthority():
+                return self.authority.describe(request, peer)
             case AskEvidence():
                 return await self.threads.on_disk(lambda: self.evidence.answer(request.vm_uuid, request.targets))
             case AskWritten():
@@ -149,19 +174,22 @@ class AgentService:
                 return await self.threads.on_disk(
                     lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)
                 )
+            case AskHoldings():
+                return await self.threads.on_libvirt(self.holdings.tell)
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
                 structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
-                reply = await self._carry_out(request, progress)
+                reply = await self._carry_out(request, peer, progress)
                 log.info("order carried out", order=type(request).__name__)
                 return reply
 
-    async def _carry_out(self, request: OrderRequest, progress: ProgressSink) -> Reply:
+    async def _carry_out(self, request: OrderRequest, peer: PeerIdentity, progress: ProgressSink) -> Reply:
         if isinstance(request, RunPass):
-            async with self.authority.of(request.order):
+            async with self.authority.of(request.order, peer):
                 session = self.passes.claim(request.order, request.grant)
             return await self.runner.run(request, session, progress)
-        async with self.authority.of(request.order):
+        async with self.authority.of(request.order, peer, take_over=isinstance(request, TakePair)):
+            self.authority.check_vm(request, self.fences.fence_of(vm_of(request)))
             if isinstance(request, ENDS_THE_PASS):
                 await self.passes.end(request.order.pair)
             return await self._obey(request)
@@ -200,9 +228,18 @@ class AgentService:
             case AllowPass():
                 await self.passes.allow(request.order, request.grant)
                 return Done()
+            case TakePair():
+                return Done()
             case SetLimits():
                 self.passes.limit(request.order.pair, request.limit_network, request.limit_read)
                 return Done()
+            case RememberPair():
+                await self._blocking(lambda: self.holdings.remember(request))
+                return Done()
+            case CleanLeftovers():
+                return await self.threads.on_libvirt(lambda: self.holdings.clean(request))
+            case ForgetPair():
+                return await self.threads.on_libvirt(lambda: self.holdings.forget(request))
             case _:
                 raise Forbidden(f"this agent does not take the order {type(request).__name__}")
 
@@ -231,13 +268,19 @@ class AgentService:
             missing_tools=tuple(f"{tool} ({package})" for tool, package in TOOLS.items() if not shutil.which(tool)),
             clock_s=time.time(),
             state_free_bytes=shutil.disk_usage(self.config.state_dir).free,
+            hook=hook_state(self.config),
         )
 
     async def _inspect(self, name_or_uuid: str) -> VmDescription:
         def inspect() -> VmDescription:
             uuid = self.hypervisor.find(name_or_uuid)
             domain = self.hypervisor.inspect(uuid)
-            return describe.vm(domain, job_is_ours=self.views.is_open(uuid), fence=self._fence_description(uuid))
+            return describe.vm(
+                domain,
+                job_is_ours=self.views.is_open(uuid),
+                fence=self._fence_description(uuid),
+                lifted=self.ledger.lift_of(uuid),
+            )
 
         return await self.threads.on_libvirt(inspect)
 

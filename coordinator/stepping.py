@@ -10,9 +10,9 @@ from coordinator import journal
 from coordinator.audit import END_AUDIT
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, Phase
-from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, NeedsOperator
+from coordinator.errors import HELD, STALE_EPOCH, AgentRefused, CoordinatorError, NeedsOperator
 from coordinator.events import StepDone, StepFailed, StepStarted
-from coordinator.model import State
+from coordinator.model import OnFailure, State
 from coordinator.records import Record
 from coordinator.registry import Superseded
 from coordinator.steps import Finding, Step, Verdict
@@ -31,8 +31,8 @@ class Interrupted(Exception):
 
 
 def is_ours_no_more(error: CoordinatorError) -> bool:
-    """Whether another process has taken the run over."""
-    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code == STALE_EPOCH)
+    """Whether another process has taken the run over, or another coordinator holds the pair."""
+    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code in (STALE_EPOCH, HELD))
 
 
 class Stepper:
@@ -156,7 +156,8 @@ class Stepper:
     async def answer_in_switchover(self) -> None:
         """Inside the switchover: answer, do not obey."""
         context = self._context
-        sentence = f"{context.pair.name} is in the switchover, which ends in Failback or rolls back by itself"
+        fails = "rolls back by itself" if context.options.on_failure is OnFailure.ROLLBACK else "waits for a person"
+        sentence = f"{context.pair.name} is in the switchover, which ends in Failback or {fails}"
         await context.store.write(
             lambda connection: journal.answer_all(
                 connection, context.pair.name, context.run.id, sentence, verb="cancel"

@@ -7,11 +7,10 @@ from coordinator.audit import AUDIT, differences
 from coordinator.checks import close_frozen, run_check
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
 from coordinator.entries import EntryKind
-from coordinator.errors import AgentRefused, CoordinatorError
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, is_silent
 from coordinator.model import State
 from coordinator.records import CheckRecord, DigestMap, MapsRecord, Nothing, PassRecord, Record
 from coordinator.steps import Step, StepFailed, prove_off, take_fence
-from coordinator.steps_sync import FORBIDDEN
 from protocol.messages import AskEvidence, CloseView, Done, Evidence, PassKind, Side
 
 LAST_PASS = "last_pass"
@@ -32,6 +31,7 @@ def final_view(context: RunContext) -> str:
 class VerifyFull(Step):
     """Both sides' storage, read whole."""
 
+    harmless = "it reads and compares, and changes nothing"
     name = "verify_full"
     sentence = "verify in full: read both sides' storage whole and compare"
     lasts_until = LIFT_ORIGINAL_FENCE
@@ -60,7 +60,7 @@ async def require_untouched(context: RunContext, view: str) -> None:
     was. Where this process has verified the storage in full, more than that is proven.
 
     Raises:
-        StepFailed: a disk is not proven to equal the view any more.
+        StepFailed: a disk is not proven to equal the view any more, or its agent does not say.
     """
     full = context.log.last(VerifyFull.name)
     switching = context.log.seq_of_state(State.SWITCHING.value)
@@ -70,9 +70,14 @@ async def require_untouched(context: RunContext, view: str) -> None:
     try:
         disks = (await ask(context.target, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)).disks
     except AgentRefused as error:
-        if error.code != FORBIDDEN:
+        if is_silent(error) or error.code == STALE_EPOCH:
             raise
-        return  # an agent that does not know the question
+        # One that will not say what its disks equal proves nothing, whatever its reason.
+        raise StepFailed(
+            f"the agent on {context.target.host} does not say what the original's disks hold "
+            f"({error.sentence.rstrip('.')}): it must not start; mend that, or fail the pair back with --verify full",
+            code="not-verified",
+        ) from error
     for disk in disks:
         if disk.equals != view:
             why = disk.why_not.rstrip(".") or f"it equals {disk.equals}"
@@ -86,6 +91,7 @@ async def require_untouched(context: RunContext, view: str) -> None:
 class RememberMaps(Step):
     """The seeds of the original's digest maps, which stand for what it starts from."""
 
+    harmless = "it asks and changes nothing"
     name = "remember_maps"
     sentence = "note which digest maps the audit can rely on"
     of_switchover = True
@@ -118,6 +124,7 @@ class RememberMaps(Step):
 class Audit(Step):
     """The frozen replica, read whole, against the digest map of what the original started from."""
 
+    harmless = "it reads and compares, and changes nothing"
     name = AUDIT
     sentence = "audit: read the frozen replica whole and compare it with what the original started from"
     undo_sentence = "close the view of the audit"
@@ -164,6 +171,7 @@ class Audit(Step):
 class EndAudit(Step):
     """What an audit that was broken off left open."""
 
+    harmless = "a view that is closed already is no error"
     name = "end_audit"
     sentence = "close the view of the audit that was not completed"
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from sqlalchemy import Connection
 
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
+from coordinator.called_off import ORIGINAL_IS_OFF, counts
 from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
-from coordinator.errors import AgentRefused, CoordinatorError, HostUnreachable, is_silent
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
+from coordinator.pair_memory import remember_pair
 from coordinator.plain import from_json
 from coordinator.records import (
     DiskSizes,
@@ -43,6 +47,7 @@ from protocol.messages import (
     EndTracking,
     HostDescription,
     ImageDescription,
+    LiftDescription,
     LiftFence,
     OnTimeout,
     Power,
@@ -70,13 +75,14 @@ OPERATOR_SAID_GO_ON = "operator_said_go_on"
 class Survey(Step):
     """Who the agents are, what both VMs do, how large their disks are."""
 
+    harmless = "it asks and changes nothing"
     name = SURVEY
     sentence = "look at both VMs and their hosts"
     lasts_until = "verify"
     of_switchover = True  # what was seen inside one, the replica off, is not so once it is back in service
 
     async def do(self, context: RunContext) -> SurveyRecord:
-        """Ask both sides; nothing is changed but the registry's memory of the hosts."""
+        """Ask both sides; nothing is changed but the registry's memory of the hosts, and theirs of the pair."""
         hosts: list[HostDescription] = []
         for agent in (context.target, context.source):
             hosts.append(await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S))
@@ -87,6 +93,7 @@ class Survey(Step):
                 registry.see_host(connection, host, at_s)
 
         await context.store.write(remember)
+        await remember_pair(context.directory, context.pair, context.run.id)
         original, replica = await inspect(context, Side.ORIGINAL), await inspect(context, Side.REPLICA)
         self._ask_if_it_stopped(context, replica.power)
         return SurveyRecord(
@@ -165,6 +172,7 @@ class HoldReplication(Step):
     """The administrator's executables that stop whatever copies the original over the replica. Not taken back by
     anything but a commit: resumed replication would copy a torn original over the serving replica."""
 
+    harmless = "the executables must bear being run again"
     name = "hold_replication"
     sentence = "put replication of the pair on hold"
 
@@ -235,9 +243,19 @@ async def found_off(context: RunContext, side: Side) -> Finding:
     return Finding(verdict=Verdict.DONE, record=PowerOffRecord(was_running=True, forced=False, guest_s=0.0))
 
 
+def lifted_words(lifted: LiftDescription, host: str) -> str:
+    """That a person lifted the fence of the original by hand."""
+    when = datetime.fromtimestamp(lifted.at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (
+        f"the fence of the original on {host} was lifted by hand at {when} by {lifted.by} ({lifted.reason}), when its "
+        f"disks were {lifted.condition.value}; nothing is known of what was written to them since"
+    )
+
+
 class FenceOriginal(Step):
     """Autostart off and image locks, held by the agent."""
 
+    harmless = "a fence that stands stays, with the autostart of before"
     name = "fence_original"
     sentence = "fence the original: autostart off, images locked"
     undo_sentence = "release the original if it is whole, keep it fenced if it is torn"
@@ -245,7 +263,10 @@ class FenceOriginal(Step):
 
     async def do(self, context: RunContext) -> FenceRecord:
         """Take the fence, remember the autostart of before, and make both flags agree."""
-        before = (await inspect(context, Side.ORIGINAL)).fence
+        found = await inspect(context, Side.ORIGINAL)
+        before = found.fence
+        if found.lifted is not None and before is None:
+            await context.notice(lifted_words(found.lifted, context.target.host))
         fence = await take_fence(context, Side.ORIGINAL)
         await context.remember_autostart(fence.autostart_before)
         condition, _ = await settle_flag(context, before, fence)
@@ -269,8 +290,10 @@ class FenceOriginal(Step):
                 )
                 return ReleaseRecord(kept=False, condition=condition.value, why="whole")
         except (HostUnreachable, AgentRefused) as error:
-            if not is_silent(error):
+            if not is_silent(error) and (error.code == STALE_EPOCH or not await counts(context, error)):
                 raise
+            if context.log.notes(ORIGINAL_IS_OFF):
+                return ReleaseRecord(kept=False, condition=context.pair.flag.condition, why="called off, fenced later")
             await context.notice(f"the fence of the original stays as it is: {error.sentence}")
             return ReleaseRecord(kept=True, condition=context.pair.flag.condition, why="host unreachable")
         await context.notice(f"the original on {host} is torn and stays fenced until a run verifies it")
@@ -281,6 +304,7 @@ class ClearTracking(Step):
     """From the first view on, what the replica writes is recorded. Nothing of ours may be there before, and nothing
     stays when the run is taken back."""
 
+    harmless = "what is gone already is no error"
     name = TRACKING
     sentence = "clear what earlier runs recorded of the replica's writes"
     undo_sentence = "forget what was recorded of the replica's writes"

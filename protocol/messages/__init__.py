@@ -25,6 +25,25 @@ from protocol.messages.bulk import (
     ZeroRanges,
 )
 from protocol.messages.handshake import BulkHello, BulkWelcome, Goodbye, Hello, Welcome
+from protocol.messages.health import (
+    AskHoldings,
+    Cleaned,
+    CleanLeftovers,
+    ForgetPair,
+    HeldCondition,
+    HeldDisk,
+    HeldFence,
+    HeldPair,
+    HeldPass,
+    HeldServer,
+    Holdings,
+    MappedDisk,
+    PairMap,
+    RememberPair,
+    Remnant,
+    RemnantKind,
+    VmName,
+)
 from protocol.messages.orders import (
     AskWritten,
     Cancel,
@@ -45,6 +64,7 @@ from protocol.messages.orders import (
     ProtectedDisk,
     ReadTracking,
     SetCondition,
+    TakePair,
     TrackingRead,
     Unprotect,
     ViewedDisk,
@@ -63,6 +83,7 @@ from protocol.messages.passes import (
     SetLimits,
 )
 from protocol.messages.questions import (
+    AskAuthority,
     AskEvidence,
     AskPower,
     BlockSamples,
@@ -73,6 +94,8 @@ from protocol.messages.questions import (
     HostDescription,
     ImageDescription,
     InspectVm,
+    LiftDescription,
+    PairAuthority,
     Ping,
     Pong,
     PowerAnswer,
@@ -86,6 +109,7 @@ from protocol.messages.words import (
     Codec,
     Condition,
     Direction,
+    HookState,
     OnTimeout,
     Order,
     PassKind,
@@ -98,7 +122,9 @@ from protocol.messages.words import (
 PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
-Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping
+Question = (
+    DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings | AskAuthority
+)
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -115,6 +141,10 @@ OrderRequest = (
     | AllowPass
     | RunPass
     | SetLimits
+    | TakePair
+    | RememberPair
+    | CleanLeftovers
+    | ForgetPair
 )
 Request = Question | OrderRequest
 Reply = (
@@ -123,6 +153,7 @@ Reply = (
     | PowerAnswer
     | Evidence
     | BlockSamples
+    | PairAuthority
     | Pong
     | Done
     | PoweredOff
@@ -131,6 +162,8 @@ Reply = (
     | TrackingRead
     | Protected
     | PassReport
+    | Holdings
+    | Cleaned
 )
 ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
 
@@ -154,7 +187,9 @@ BulkMessage = (
 __all__ = [
     "PROTOCOL_VERSIONS",
     "AllowPass",
+    "AskAuthority",
     "AskEvidence",
+    "AskHoldings",
     "AskPower",
     "AskWritten",
     "BlockData",
@@ -164,6 +199,8 @@ __all__ = [
     "BulkWelcome",
     "ByteRange",
     "Cancel",
+    "CleanLeftovers",
+    "Cleaned",
     "CloseView",
     "Codec",
     "CompareSpan",
@@ -184,18 +221,31 @@ __all__ = [
     "Failure",
     "FenceDescription",
     "FenceVm",
+    "ForgetPair",
     "Goodbye",
     "Grant",
     "GrantedDisk",
+    "HeldCondition",
+    "HeldDisk",
+    "HeldFence",
+    "HeldPair",
+    "HeldPass",
+    "HeldServer",
     "Hello",
+    "Holdings",
+    "HookState",
     "HostDescription",
     "ImageDescription",
     "InspectVm",
+    "LiftDescription",
     "LiftFence",
+    "MappedDisk",
     "OnTimeout",
     "OpenView",
     "Order",
     "OrderRequest",
+    "PairAuthority",
+    "PairMap",
     "PassFailed",
     "PassKind",
     "PassProgress",
@@ -214,6 +264,9 @@ __all__ = [
     "ProvenRanges",
     "Question",
     "ReadTracking",
+    "RememberPair",
+    "Remnant",
+    "RemnantKind",
     "Reply",
     "Request",
     "Role",
@@ -225,6 +278,7 @@ __all__ = [
     "SnapshotDescription",
     "SpanAnswer",
     "SpansSettled",
+    "TakePair",
     "TargetEvidence",
     "TrackedSpan",
     "Tracking",
@@ -234,6 +288,7 @@ __all__ = [
     "ViewSince",
     "ViewedDisk",
     "VmDescription",
+    "VmName",
     "Welcome",
     "ZeroRanges",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import trio
 
@@ -17,9 +18,13 @@ from coordinator.agents import Agent, ProgressCallback
 from coordinator.errors import AgentRefused, HostUnreachable
 from protocol.messages import (
     AllowPass,
+    AskAuthority,
     AskEvidence,
+    AskHoldings,
     AskPower,
     AskWritten,
+    Cleaned,
+    CleanLeftovers,
     CloseView,
     Condition,
     DescribeHost,
@@ -33,14 +38,21 @@ from protocol.messages import (
     Evidence,
     FenceDescription,
     FenceVm,
+    ForgetPair,
     Grant,
+    HeldCondition,
+    HeldFence,
+    HeldPair,
+    Holdings,
     HostDescription,
     ImageDescription,
     InspectVm,
+    LiftDescription,
     LiftFence,
     OnTimeout,
     OpenView,
     OrderRequest,
+    PairAuthority,
     PassKind,
     PassProgress,
     PassReport,
@@ -55,6 +67,9 @@ from protocol.messages import (
     Protected,
     ProtectedDisk,
     ReadTracking,
+    RememberPair,
+    Remnant,
+    RemnantKind,
     Reply,
     Request,
     RunPass,
@@ -63,6 +78,7 @@ from protocol.messages import (
     SetLimits,
     Side,
     SnapshotDescription,
+    TakePair,
     Tracking,
     TrackingRead,
     Unprotect,
@@ -99,6 +115,7 @@ class FakeVm:
     disks: Content
     autostart: bool = True
     fence: FakeFence | None = None
+    lifted: LiftDescription | None = None
     condition: Condition | None = None
     view: str | None = None
     snapshots: dict[str, Content] = field(default_factory=dict)
@@ -114,6 +131,27 @@ class FakeVm:
     @property
     def is_off(self) -> bool:
         return self.power is Power.OFF
+
+
+def mark_of(place: str) -> str:
+    """What tells a registry from others, wherever its folder is by now."""
+    return place.rpartition("#")[2]
+
+
+def _held_fence(vm: FakeVm, fence: FakeFence) -> HeldFence:
+    return HeldFence(
+        vm_uuid=vm.uuid,
+        vm=vm.name,
+        power=vm.power,
+        pair=fence.pair,
+        run=fence.run,
+        side=fence.side,
+        since_s=0.0,
+        autostart_before=fence.autostart_before,
+        autostart=vm.autostart,
+        locked=fence.targets,
+        unlocked=(),
+    )
 
 
 Fault = Callable[[str, Request, str], None]
@@ -139,7 +177,10 @@ class World:
         self.pass_s = 1.0
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
+        self.holders: dict[str, str] = {}  # by host, the place of the registry that holds the pair
+        self.obeyed: dict[str, str] = {}  # the pair whose orders each host has taken
         self.fault: Fault = no_fault
+        self.away: set[str] = set()  # hosts that nobody can reach
         self.orders: list[tuple[str, Request]] = []
         self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
         self.last_words: Content = {}  # the newest data when the replica went off
@@ -149,6 +190,8 @@ class World:
         self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
         self.maps = FakeMaps()
         self.samples = FakeSamples()
+        self.told: dict[tuple[str, Side], tuple[str, RememberPair]] = {}  # what each host was told of its pair
+        self.remnants: dict[str, tuple[Remnant, ...]] = {}  # what runs left, by host
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
 
     # --- what tests look at ---------------------------------------------------------------------------------------
@@ -203,15 +246,31 @@ class World:
     # --- orders ---------------------------------------------------------------------------------------------------
 
     async def handle(self, host: str, request: Request, on_progress: ProgressCallback | None) -> Reply:
+        if host in self.away:
+            raise unreachable(host)
         if isinstance(request, OrderRequest):
             seen = self.epochs.get(host, 0)
+            mark, holder = mark_of(request.order.place), self.holders.get(host, "")
+            taken = isinstance(request, TakePair) and request.order.epoch > seen
+            if holder and mark not in ("", holder) and not taken:
+                raise AgentRefused(f"{holder} holds the pair under epoch {seen}", code="held", host=host)
+            self.holders[host] = mark or holder
             if request.order.epoch < seen:
                 raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
             self.epochs[host] = request.order.epoch
-            self.orders.append((host, request))
+            self.obeyed[host] = request.order.pair
+            if not isinstance(request, RememberPair):  # it touches nothing but the agent's memory
+                self.orders.append((host, request))
         match request:
             case Ping():
                 return Pong()
+            case AskAuthority():
+                place, asked = self.holders.get(host, ""), mark_of(request.place)
+                return PairAuthority(
+                    epoch=self.epochs.get(host, 0), holder=place, is_you=place in ("", asked), run="r", since_s=1.0
+                )
+            case TakePair():
+                return Done()
             case DescribeHost():
                 return _host(host)
             case InspectVm():
@@ -219,6 +278,16 @@ class World:
             case AskPower():
                 vm = self.vm(request.vm_uuid, host)
                 return PowerAnswer(power=vm.power, images_free=not vm.held, holders=vm.held)
+            case AskHoldings():
+                return self.holdings(host)
+            case RememberPair():
+                self.told[host, request.side] = request.order.pair, request
+                return Done()
+            case CleanLeftovers() | ForgetPair():
+                gone = tuple(f"{left.kind.value} {left.name}" for left in self.remnants.pop(host, ()))
+                if isinstance(request, ForgetPair):
+                    self.told = {key: told for key, told in self.told.items() if key[0] != host}
+                return Cleaned(removed=gone, kept=())
             case AllowPass():
                 self.grants[host, request.grant.grant] = request.grant
                 self._check_grant(request.grant)
@@ -247,6 +316,54 @@ class World:
                 raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
+
+    def holdings(self, host: str) -> Holdings:
+        """What the agent of that host holds."""
+        vms = [vm for vm in (self.original, self.replica) if vm.host == host]
+        pairs = tuple(
+            HeldPair(
+                pair=pair,
+                epoch=self.epochs.get(host, 0),
+                run=next((vm.fence.run for vm in vms if vm.fence is not None), told.order.run),
+                side=side,
+                mapping=told.mapping,
+            )
+            for (at, side), (pair, told) in self.told.items()
+            if at == host
+        )
+        if not pairs and host in self.obeyed:
+            bare = HeldPair(pair=self.obeyed[host], epoch=self.epochs.get(host, 0), run="", side=None, mapping=None)
+            pairs = (bare,)
+        views = tuple(
+            Remnant(kind=RemnantKind.VIEW, vm_uuid=vm.uuid, name=name, recorded=True, in_use=True, removable=True)
+            for vm in vms
+            if vm is self.replica
+            for name in self.views
+        )
+        snapshots = tuple(
+            Remnant(kind=RemnantKind.SNAPSHOT, vm_uuid=vm.uuid, name=name, recorded=True, in_use=True, removable=False)
+            for vm in vms
+            for name in vm.snapshots
+        )
+        return Holdings(
+            host=host,
+            software=f"failback {version('failback')}",
+            pairs=pairs,
+            fences=tuple(_held_fence(vm, vm.fence) for vm in vms if vm.fence is not None),
+            conditions=tuple(
+                HeldCondition(vm_uuid=vm.uuid, condition=vm.condition, view=vm.view)
+                for vm in vms
+                if vm.condition is not None
+            ),
+            disks=(),
+            passes=(),
+            remnants=(*views, *snapshots, *self.remnants.get(host, ())),
+            servers=(),
+            certificate_ends_s=0.0,
+            state_free_bytes=1 << 40,
+            problems=(),
+            left_off=0,
+        )
 
     def _obey(self, vm: FakeVm, request: OrderRequest) -> Reply:
         match request:
@@ -281,6 +398,9 @@ class World:
                 if self.records.checkpoints:
                     raise AgentRefused("cannot perform block operations while checkpoint exists", code="hypervisor")
                 vm.snapshots.setdefault(request.snapshot, dict(vm.disks))
+                if self.records.lost_late:
+                    self.records.lost_late = False
+                    self.records.kill()
                 disks = tuple(
                     ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in request.targets
                 )
@@ -494,6 +614,7 @@ class World:
             job=None,
             job_is_ours=False,
             fence=None if vm.fence is None else self._fence_description(vm, vm.fence),
+            lifted=vm.lifted,
         )
 
     def _fence_description(self, vm: FakeVm, fence: FakeFence) -> FenceDescription:
