@@ -78,6 +78,12 @@ class ShutdownTimeout(HypervisorError):
     code = "shutdown-timeout"
 
 
+class SilentVm(HypervisorError):
+    """libvirt's answer did not come: it waits for a QEMU that does nothing any more (stopped, stuck in the kernel)."""
+
+    code = "silent-vm"
+
+
 class GuestAgentMissing(HypervisorError):
     """No guest agent listens in the guest."""
 

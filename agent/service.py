@@ -14,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from typing import TypeVar
 
 import structlog
+import trio
 
 from agent import describe, power
 from agent.authority import Authority, vm_of
 from agent.config import Config
 from agent.disk.lock import image_in_use
 from agent.equals import EqualsBook
-from agent.errors import AgentError, Forbidden, HypervisorError
+from agent.errors import AgentError, Forbidden, HypervisorError, SilentVm
 from agent.evidence import EvidenceDesk
 from agent.fence_install import hook_state
 from agent.fences import Fenced, FenceKeeper, Torn
@@ -90,11 +92,16 @@ from protocol.messages import (
 )
 from protocol.tls import PeerIdentity
 
+T = TypeVar("T")
+
 log = structlog.get_logger("failback.agent")
 
 SOFTWARE = f"failback {version('failback')}"
 TOOLS = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils"}
 """Programs the agent runs, and the Debian package of each."""
+
+ANSWER_S = 20.0
+"""How long a question may wait for QEMU, which answers in milliseconds unless it is stopped or stuck."""
 
 ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, EndTracking, Protect, Unprotect)
 """Orders that take away what a pass works on, or let a VM loose on it: nothing of it may still run by then."""
@@ -169,7 +176,7 @@ class AgentService:
                 return await self.threads.on_disk(lambda: self.evidence.answer(request.vm_uuid, request.targets))
             case AskWritten():
                 uuid, since = request.vm_uuid, request.since
-                return TrackingRead(disks=await self.threads.on_libvirt(lambda: self.tracking.written(uuid, since)))
+                return TrackingRead(disks=await self._asked(uuid, lambda: self.tracking.written(uuid, since)))
             case SampleBlocks():
                 return await self.threads.on_disk(
                     lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)
@@ -282,7 +289,16 @@ class AgentService:
                 lifted=self.ledger.lift_of(uuid),
             )
 
-        return await self.threads.on_libvirt(inspect)
+        return await self._asked(name_or_uuid, inspect)
+
+    async def _asked(self, vm: str, question: Callable[[], T]) -> T:
+        """Put a question to libvirt that may wait for QEMU, which is not waited for for ever."""
+        with trio.move_on_after(ANSWER_S):
+            return await self.threads.requesting(question)
+        raise SilentVm(
+            f"QEMU of the VM {vm} answers nothing for {ANSWER_S:g} s: see why it hangs (storage that is gone, SIGSTOP)",
+            vm=vm,
+        )
 
     def _fence_description(self, uuid: str) -> FenceDescription | None:
         record = self.fences.fence_of(uuid)

@@ -14,7 +14,10 @@ from tests.e2e.test_evidence import (
     MIB,
     _assert_nothing_left,
     _idle_pair,
+    _last_pass,
     _ready,
+    _reasons,
+    _switch,
     _write,
 )
 from tests.lab.site import LabPair, Site
@@ -115,3 +118,19 @@ def test_what_dies_while_an_overlay_is_merged_costs_no_byte(site: Site, who: str
     assert content[: 4 * MIB] == bytes([1]) * (4 * MIB)
     assert content[4 * MIB : 5 * MIB] == bytes([2]) * MIB
     assert content[5 * MIB : 40 * MIB] == bytes([1]) * (35 * MIB)
+
+
+def test_a_qemu_that_hears_nothing_any_more_is_killed_after_its_time(site: Site) -> None:
+    pair = _idle_pair(site, "stopped", "qcow2")
+    words = ("--shutdown-timeout", "2s", "--shutdown-policy", "force", "--kill-after", "2s")
+    with _ready(site, pair, *words, "--late-evidence", "proceed") as run:
+        _write(pair.replica, (0, 8 * MIB, MIB))
+        pid = (pair.replica.host.folder / "run/libvirt/qemu" / f"{pair.replica.name}.pid").read_text().strip()
+        assert pair.replica.host.run(["kill", "-STOP", pid]).returncode == 0
+        report = _switch(site, pair, run)
+    lines = _last_pass(report)
+    assert lines["vda"]["rung"] in ("map", "digests"), _reasons(lines)
+    pair.assert_same_disks()
+    site.failback("undo", pair.name, "--yes")
+    assert pair.replica.is_running()
+    _assert_nothing_left(pair)

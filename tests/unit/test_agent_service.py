@@ -12,17 +12,17 @@ import pytest
 import trio
 import trio.testing
 
-from agent import opened_view, passrun, sources
+from agent import opened_view, passrun, service, sources
 from agent.disk.open import open_target
 from agent.disk.raw import RawDisk
-from agent.errors import DiskError, Forbidden, Held, HypervisorError, HypervisorUnreachable, StaleEpoch
+from agent.errors import DiskError, Forbidden, Held, HypervisorError, HypervisorUnreachable, SilentVm, StaleEpoch
 from agent.fences import Fenced, NotFenced, Torn
 from agent.ledger import ConditionRecord, DiskCondition, ViewRecord
 from agent.passes import PassEnded
 from agent.service import failure_of
 from agent.sources import NoSuchView, ViewDesk
 from agent.tags import tag_of
-from agent.virt.seam import PowerState
+from agent.virt.seam import Domain, PowerState
 from protocol.messages import (
     AskPower,
     CloseView,
@@ -443,3 +443,23 @@ async def test_a_view_that_is_not_what_it_was_is_not_opened_again(
     with pytest.raises(NoSuchView):
         await house.ask(again)
     assert desk.close_orphans() == ()
+
+
+async def test_a_question_does_not_wait_for_ever_on_a_qemu_that_answers_nothing(
+    house: AgentHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, real = threading.Event(), house.service.hypervisor.inspect
+
+    def inspect(uuid: str) -> Domain:
+        hangs.wait()
+        return real(uuid)
+
+    monkeypatch.setattr(house.service.hypervisor, "inspect", inspect)
+    monkeypatch.setattr(service, "ANSWER_S", 0.01)
+    try:
+        with pytest.raises(SilentVm, match="answers nothing for 0.01 s"):
+            await house.ask(InspectVm(vm="web"))
+    finally:
+        hangs.set()
+    monkeypatch.undo()
+    assert isinstance(await house.ask(InspectVm(vm="web")), VmDescription)
