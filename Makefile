@@ -43,7 +43,7 @@ format: setup ## let ruff format everything and fix what it can
 
 test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/unit for some)
 ifeq ($(strip $(TESTS)),)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line $(HALVES)
+	@$(MAKE) --no-print-directory --jobs=2 $(HALVES)
 else
 	$(BIN)/pytest -q $(TESTS)
 endif

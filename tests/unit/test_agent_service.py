@@ -457,7 +457,7 @@ async def test_a_question_does_not_wait_for_ever_on_a_qemu_that_answers_nothing(
     monkeypatch.setattr(house.service.hypervisor, "inspect", inspect)
     monkeypatch.setattr(service, "ANSWER_S", 0.01)
     try:
-        with pytest.raises(SilentVm, match="answers nothing for 0.01 s"):
+        with pytest.raises(SilentVm, match=r"answers nothing for 0\.01 s"):
             await house.ask(InspectVm(vm="web"))
     finally:
         hangs.set()
