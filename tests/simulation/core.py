@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+MAX_EVENTS = 30_000
 ORDER: ContextVar[Order | None] = ContextVar("ORDER", default=None)
 """The order that the running task of an agent carries out."""
 
@@ -127,6 +128,8 @@ class Chaos:
     def event(self, label: str) -> None:
         """Something happens now."""
         self.count += 1
+        if self.count > MAX_EVENTS:
+            raise Violation(f"after {MAX_EVENTS} events there is no end")
         self.say(f"#{self.count} {label}")
         while self.planned and self.count >= self.planned[0][0]:
             _, name, act = self.planned.pop(0)

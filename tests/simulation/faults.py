@@ -17,7 +17,7 @@ from tests.simulation.storage import EIO, ENOSPC
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-HORIZON = 420
+HORIZON = 620
 """About as many events has a run without faults; later ones strike what goes on after a fault."""
 Plan = list[tuple[int, str, Callable[[], None]]]
 

@@ -238,12 +238,15 @@ for _name in MUTATING:
     setattr(SimHypervisor, _name, _wrapped(_name))
 
 
-async def guest(machine: SimMachine, domain: SimDomain, every_s: float) -> None:
-    """The guest of that domain, for as long as the simulation runs: while it is powered on it writes and flushes."""
+async def guest(
+    machine: SimMachine, domain: SimDomain, every_s: float, somebody_works: Callable[[], bool]
+) -> None:
+    """The guest of that domain, for as long as the simulation runs: while it is powered on it writes and flushes; more
+    seldom while no coordinator works."""
     chaos = machine.monitor.chaos
     random = chaos.random
     while True:
-        await trio.sleep(random.expovariate(1 / every_s))
+        await trio.sleep(random.expovariate(1 / every_s) if somebody_works() else 1 + 5 * random.random())
         machine.settle()
         if domain.state is not PowerState.RUNNING or domain.memory is None:
             continue

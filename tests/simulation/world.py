@@ -339,8 +339,8 @@ class World:
         for name in ("dr", "prod"):
             host = self.hosts[name]
             nursery.start_soon(host.live)
-        nursery.start_soon(guest, self.replica.machine, self.replica, every_s)
-        nursery.start_soon(guest, self.original.machine, self.original, every_s)
+        for domain in (self.replica, self.original):
+            nursery.start_soon(guest, domain.machine, domain, every_s, lambda: self.coordinator is not None)
         while not all(host.listening for host in self.hosts.values()):
             await trio.sleep(0.01)
 
