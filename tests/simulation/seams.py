@@ -61,11 +61,19 @@ def run_deterministically(seed: int, main: Callable[[], Awaitable[Any]]) -> Any:
     """Run `main` in virtual time, its scheduling decided by `seed` alone."""
     assert trio.__version__.startswith(TRIO_VERSIONS), f"look at the run queue of trio {trio.__version__} first"
     assert hasattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING")
+    clock, current_time = MockClock(autojump_threshold=0), trio.current_time
+
+    def ticking() -> float:
+        # Each look is a little later: a wait for the last 1e-15 s of a time-out would never be over.
+        clock.jump(1e-7)
+        return current_time()
+
     with (
+        mock.patch.object(trio, "current_time", ticking),
         mock.patch.object(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         mock.patch.object(trio_run, "_r", Random(seed)),
     ):
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
+        return trio.run(main, clock=clock)
 
 
 class ViewDisk(MemoryDisk):
@@ -98,11 +106,13 @@ class Seams:
 
     # --- disks --------------------------------------------------------------------------------------------------------
 
-    def open_target(self, name: str, held: HeldImage, *_: Any, **__: Any) -> Disk:
+    def open_target(self, name: str, held: HeldImage, *_: Any, doubtful: bool = False, **__: Any) -> Disk:
         """See `agent.disk.open.open_target`."""
         if not held.exclusive or not held.is_named():
             raise DiskError(f"Disk {name}: not held for writing.", disk=name)
         host = self._host(held.path)
+        if doubtful:
+            host.storage.state(held.path).evict()
         original = host.world.monitor.original
         look = partial(host.world.monitor.before_target_write, host.machine, original.uuid, name)
         return SimDisk(name, held.path, host.storage, host.process, writable=True, before_write=look)

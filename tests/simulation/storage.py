@@ -65,6 +65,14 @@ class FileState:
                 self.bad[page] = self.dirty[page]
         self.dirty.clear()
 
+    def evict(self) -> None:
+        """Clean pages leave the cache: what is read next is what the storage holds."""
+        with self.path.open("r+b") as file:
+            for page, held in sorted(self.bad.items()):
+                file.seek(page * PAGE)
+                file.write(held)
+        self.bad.clear()
+
     def read_storage(self, fd: int, offset: int, length: int) -> bytes:
         """Past the cache."""
         data = bytearray(os.pread(fd, length, offset))

@@ -76,6 +76,8 @@ class Administrator:
                 await trio.sleep(20)
                 continue
             world.chaos.say(f"=== {pair.state.value}")
+            if pair.state is State.FAILOVER and world.original.state is PowerState.OFF:
+                world.monitor.original_is_current = False
             if pair.state is State.READY or (pair.state is State.FAILOVER and self.started and not self._begins_again()):
                 return pair
             await self._go_on(pair)
