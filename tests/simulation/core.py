@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_EVENTS = 30_000
+REQUEST: ContextVar[str] = ContextVar("REQUEST", default="")
+"""What kind of request that is."""
 ORDER: ContextVar[Order | None] = ContextVar("ORDER", default=None)
 """The order that the running task of an agent carries out."""
 
@@ -108,11 +110,13 @@ class Chaos:
 
     Attributes:
         planned: event number and what happens then, rising.
+        triggers: what happens at the first event whose label ends with that, instead.
         after: looks at the world after each event.
     """
 
     random: Random
     planned: list[tuple[int, str, Callable[[], None]]] = field(default_factory=list)
+    triggers: dict[str, Callable[[], None]] = field(default_factory=dict)
     after: list[Callable[[], None]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     count: int = 0
@@ -135,6 +139,9 @@ class Chaos:
             _, name, act = self.planned.pop(0)
             self.say(f"!!! {name}")
             act()
+        for end in [end for end in self.triggers if label.endswith(end)]:
+            self.say(f"!!! at {end}")
+            self.triggers.pop(end)()
         for look in self.after:
             look()
 

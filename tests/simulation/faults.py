@@ -93,6 +93,12 @@ def lose_dirty(world: World) -> None:
                 world.monitor.tampered = True
 
 
+def wake_stale(name: str, world: World) -> None:
+    """A coordinator that was thought dead gives an order of its time."""
+    host = world.hosts[name]
+    host.spawn(host.hear_stale, world.random.randrange(1000))
+
+
 def ignore_shutdown(world: World) -> None:
     """The replica's guest does not listen from now on."""
     world.replica.guest = GuestBehaviour.IGNORES
@@ -104,6 +110,8 @@ FAULTS: tuple[tuple[int, str, Callable[[World], None]], ...] = (
     (5, "the target agent is killed", partial(kill_agent, "prod")),
     (2, "the DR host loses its power", partial(fail_power, "dr")),
     (4, "the production host loses its power", partial(fail_power, "prod")),
+    (1, "a stale coordinator wakes up (DR host)", partial(wake_stale, "dr")),
+    (1, "a stale coordinator wakes up (production host)", partial(wake_stale, "prod")),
     (2, "the replica's QEMU is killed", kill_qemu),
     (2, "the bulk link is cut", partial(cut, "bulk")),
     (1, "the link to the DR host is cut", partial(cut, "dr")),
@@ -128,11 +136,12 @@ FAULTS: tuple[tuple[int, str, Callable[[World], None]], ...] = (
 )
 
 
-def plan(world: World, faults: int | None) -> Plan:
-    """The seed's: `faults` of them, or as many as it says."""
+def plan(world: World, faults: int | None, only: tuple[str, ...] = ()) -> Plan:
+    """The seed's: `faults` of them, or as many as it says; `only`: those whose name begins so."""
     random = world.random
     count = random.choice((0, 1, 1, 1, 2, 2, 3)) if faults is None else faults
-    chosen = random.choices(FAULTS, [weight for weight, _, _ in FAULTS], k=count)
+    known = [fault for fault in FAULTS if fault[1].startswith(only or "")]
+    chosen = random.choices(known, [weight for weight, _, _ in known], k=count)
     world.lies = any(act is lose_dirty for _, _, act in chosen)
     places = sorted(random.randint(1, HORIZON) for _ in chosen)
     return [

@@ -225,6 +225,9 @@ class SimHypervisor(FakeHypervisor):
 def _wrapped(name: str) -> Callable[..., Any]:
     def method(self: SimHypervisor, *args: Any, **words: Any) -> Any:
         self._before(name)
+        if name == "drop_checkpoints":
+            keep = args[1] if len(args) > 1 else words.get("keep", ())
+            self.machine.monitor.drops(self.machine, set(self.machine.domains[args[0]].checkpoints) - set(keep))
         result = getattr(FakeHypervisor, name)(self, *args, **words)
         if name == "open_view":
             self.machine.since[result.domain_uuid] = dict(result.since)

@@ -6,9 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from agent.sync.map_file import HEADER_BYTES
+from agent.tags import tag_of
 from agent.virt.seam import PowerState
 from protocol.messages import FenceVm, LiftFence, Reply, Request, ViewOpened
-from tests.simulation.core import ORDER, Chaos, Violation
+from tests.simulation.core import ORDER, REQUEST, Chaos, Violation
+
+from tests.simulation.storage import PAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +31,7 @@ class Monitor:
         tampered: a bitmap has lied, so that only the audit can know.
         differs: the original was started from something else than the replica's last state, after such a lie.
         acked: the highest epoch each host has acknowledged.
+        guarding: hosts whose agent serves, and so has taken the locks of its fences.
         views: the content of every view by name, disk by disk of the replica.
     """
 
@@ -40,6 +45,7 @@ class Monitor:
     fenced: dict[str, bool] = field(default_factory=dict)
     views: dict[str, dict[str, bytes]] = field(default_factory=dict)
     frozen: dict[Path, int] = field(default_factory=dict)
+    guarding: set[str] = field(default_factory=set)
     _parsed: dict[tuple[str, bytes], Any] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -47,8 +53,9 @@ class Monitor:
         for path, version in self.frozen.items():
             if self.replica.machine.storage.state(path).version != version:
                 raise Violation(f"I3: {path.name} of the replica changed while it was off")
+        hands = {"hand", "boot"}
         both = self.original.state is not PowerState.OFF and self.replica.state is not PowerState.OFF
-        if both and "hand" not in (self.original.started_by, self.replica.started_by):
+        if both and not hands & {self.original.started_by, self.replica.started_by}:
             raise Violation("I1: original and replica run at the same time")
 
     # --- machines -----------------------------------------------------------------------------------------------------
@@ -57,7 +64,9 @@ class Monitor:
         """A VM has begun to run."""
         self.chaos.say(f"*** {domain.name} of {domain.machine.hostname} runs, started by {domain.started_by}")
         if domain.started_by == "autostart" and not self.fenced.get(domain.uuid, False):
-            domain.started_by = "hand"
+            domain.started_by = "boot"
+        if domain.started_by == "hand" and self.durable_fence(domain.machine, domain.uuid) and self.is_guarded(domain):
+            raise Violation(f"I1: {domain.name} of {domain.machine.hostname} is fenced, its agent lives, and it starts")
         if domain.started_by == "autostart" and domain is self.original and not self.original_is_current:
             raise Violation("I5: the original was fenced, and its host starts it at boot")
         if domain is self.replica:
@@ -138,6 +147,12 @@ class Monitor:
                 raise Violation(f"I5: a write to {target}, which is still said to equal {record['view']}")
         if not self.durable_fence(machine, vm_uuid):
             raise Violation("I1: a write to an original that is not fenced")
+        digests = machine.folder / "state" / "maps" / f"{vm_uuid}-{target}.map"
+        if digests.exists():
+            held = machine.storage.state(digests).dirty.get(HEADER_BYTES // PAGE)
+            mark = held[:1] if held is not None else digests.read_bytes()[HEADER_BYTES : HEADER_BYTES + 1]
+            if mark != b"\xff":
+                raise Violation(f"6: a write to {target} whose digest map is not durably marked as unknown there")
         if self.original.state is not PowerState.OFF:
             raise Violation("I1: a write to an original that runs")
 
@@ -147,6 +162,9 @@ class Monitor:
         if order is not None:
             self.acked[host] = max(self.acked.get(host, 0), order.epoch)
         if isinstance(request, FenceVm):
+            vm = self.original if request.vm_uuid == self.original.uuid else self.replica
+            if not self.durable_fence(vm.machine, vm.uuid):
+                raise Violation(f"I5: {host} acknowledges a fence that a crash would undo")
             self.fenced[request.vm_uuid] = True
         if isinstance(request, LiftFence):
             self.fenced[request.vm_uuid] = False
@@ -162,6 +180,18 @@ class Monitor:
         """An agent has read its ledger."""
         if epoch < self.acked.get(host, 0):
             raise Violation(f"I5: {host} acknowledged epoch {self.acked[host]} and remembers {epoch}")
+
+    def is_guarded(self, domain: SimDomain) -> bool:
+        """Whether the agent beside it lives."""
+        return domain.machine.hostname in self.guarding
+
+    def drops(self, machine: SimMachine, tags: set[str]) -> None:
+        """Checkpoints go while the replica serves: not those since which the target proves anything (section 6)."""
+        if REQUEST.get() != "DropCheckpoints" or self.replica.state is PowerState.OFF:
+            return
+        for record in self.durable(self.original.machine, "equals.json").get("disks", ()):
+            if tag_of(record["view"]) in tags:
+                raise Violation(f"6: the checkpoint of {record['view']} is deleted, which is all that the target equals")
 
     # --- what is durable ----------------------------------------------------------------------------------------------
 

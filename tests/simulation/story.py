@@ -164,7 +164,7 @@ class Administrator:
         """What sentences ask for: VMs started by hand are powered off, a replica that died is started again."""
         world = self.world
         for domain in (world.original, world.replica):
-            if domain.state is PowerState.RUNNING and domain.started_by == "hand" and domain is world.original:
+            if domain.state is PowerState.RUNNING and domain is world.original and domain.started_by in ("hand", "boot"):
                 world.chaos.say("=== the original is powered off by hand")
                 domain.end()
         serving = not world.monitor.original_is_current and not world.monitor.fenced.get(world.replica.uuid, False)
@@ -204,11 +204,11 @@ def _require(world: World, domain: Any, which: str) -> None:
             raise Violation(f"I4: {which} does not hold what its guest wrote to {target}")
 
 
-async def _play(world: World, faults: int | None) -> Pair:
+async def _play(world: World, faults: int | None, only: tuple[str, ...]) -> Pair:
     async with trio.open_nursery() as nursery:
         with trio.fail_after(WITHIN_S):
             await world.start(nursery)
-            world.chaos.planned = plan(world, faults)
+            world.chaos.planned = plan(world, faults, only)
             pair = await Administrator(world, faults != 0).work()
         world.chaos.planned = []
         for link in world.links.values():
@@ -223,11 +223,13 @@ def play(
     seed: int,
     *,
     faults: int | None = None,
+    only: tuple[str, ...] = (),
     echo: bool = False,
     broken: Broken | None = None,
     prepare: Callable[[World], None] | None = None,
 ) -> Result:
-    """Play one seed. `faults`: how many; None: as the seed says."""
+    """Play one seed. `faults`: how many; None: as the seed says; `only`: those whose name begins so.
+    `prepare` is called with the world before anything runs."""
     chaos = Chaos(Random(seed), echo=echo)
     with _folder() as folder:
         world = World(folder, seed, chaos, broken or Broken())
@@ -237,7 +239,7 @@ def play(
             with installed(world), _bounded():
                 if prepare is not None:
                     prepare(world)
-                state = run_deterministically(seed, partial(_play, world, faults)).state.value
+                state = run_deterministically(seed, partial(_play, world, faults, only)).state.value
         except BaseException as error:
             found = list(_violations(error))
             if not found:

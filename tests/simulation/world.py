@@ -27,9 +27,20 @@ from coordinator.runs import Coordinator
 from coordinator.store import Store, Work
 from protocol.control_server import _Server
 from protocol.errors import ProtocolError
-from protocol.messages import Failure, PassProgress, Reply, Request, Role
+from protocol.messages import (
+    Failure,
+    FenceVm,
+    LiftFence,
+    PassProgress,
+    PowerOff,
+    PowerOn,
+    Reply,
+    Request,
+    Role,
+    Unprotect,
+)
 from protocol.tls import PeerIdentity
-from tests.simulation.core import ORDER, Chaos, InlineThreads, Process, Violation, only_killed
+from tests.simulation.core import ORDER, REQUEST, Chaos, InlineThreads, Process, Violation, only_killed
 from tests.simulation.machines import Memory, SimDomain, SimHypervisor, SimMachine, guest
 from tests.simulation.monitor import PAIR, Monitor
 from tests.simulation.network import BulkEnd, ControlEnd, Link, pair
@@ -40,7 +51,7 @@ CALLER: ContextVar[Process | None] = ContextVar("CALLER", default=None)
 NOWHERE = Path("/nonexistent/none.pem")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Broken:
     """Faults built into the simulation's own stand-ins, for the tests of the simulation."""
 
@@ -61,6 +72,7 @@ class AgentHost:
     listening: bool = False
     powered: bool = True
     nursery: trio.Nursery | None = None
+    orders: list[LiftFence | PowerOn | PowerOff | FenceVm | Unprotect] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.process = Process(self.name, self.world.chaos)
@@ -103,6 +115,7 @@ class AgentHost:
     def _let_go(self) -> None:
         """What the kernel does with the locks of a process that is gone."""
         self.listening = False
+        self.world.monitor.guarding.discard(self.name)
         service, self.service = self.service, None
         if service is not None:
             service.fences.close()
@@ -145,6 +158,7 @@ class AgentHost:
         told = await _mend(service, service.fences.restore, frozenset())
         async with trio.open_nursery() as nursery:
             self.nursery, self.listening = nursery, True
+            self.world.monitor.guarding.add(self.name)
             nursery.start_soon(_keep_promises, service, told)
             await trio.sleep_forever()
 
@@ -180,6 +194,9 @@ class AgentHost:
         assert service is not None
         name = type(request).__name__
         ORDER.set(getattr(request, "order", None))
+        REQUEST.set(name)
+        if isinstance(request, LiftFence | PowerOn | PowerOff | FenceVm | Unprotect):
+            self.orders.append(request)
         process.point(f"is asked {name}")
         reply = await service.handle(request, peer, progress)
         process.check()
@@ -187,12 +204,30 @@ class AgentHost:
         process.point(f"has done {name}")
         return reply
 
+    async def hear_stale(self, number: int) -> None:
+        """A coordinator that was thought dead wakes up and gives an order of its time."""
+        stale = [order for order in self.orders if order.order.epoch < self.world.monitor.acked.get(self.name, 0)]
+        if not stale or self.service is None:
+            return
+        request = stale[number % len(stale)]
+        self.world.chaos.say(f"    a stale coordinator orders {type(request).__name__}")
+        ORDER.set(request.order)
+        REQUEST.set(type(request).__name__)
+        try:
+            await self.service.handle(request, self.identity, _unheard)
+        except AgentError as error:
+            self.world.chaos.say(f"    and is refused: {error.code}")
+
     def _mapped(self, error: Exception) -> Failure | None:
         failure = failure_of(error)
         if failure is None or isinstance(error, Unforeseen):
             raise Violation(f"{self.name} failed in a way nobody foresaw: {error!r}") from error
         self.world.chaos.say(f"    {self.name} refuses: {failure.code}: {self.world.anonymous(failure.sentence)}")
         return failure
+
+
+async def _unheard(_: PassProgress) -> None:
+    return
 
 
 class SimStore(Store):
