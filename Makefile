@@ -6,12 +6,14 @@ STAMP := $(VENV)/.set-up
 TESTS ?= tests
 UNDO ?=
 NAMES ?=
+SEEDS ?= 1000
+FIRST ?= 0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test demo bench clean
+.PHONY: help setup packages check format test soak demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -39,6 +41,9 @@ format: setup ## let ruff format everything and fix what it can
 
 test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/unit for some)
 	$(BIN)/pytest -q $(TESTS)
+
+soak: setup ## whole failbacks under faults, simulated, in two processes (SEEDS=10000 for as many, FIRST=n from there)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
 
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)

@@ -193,5 +193,5 @@ def test_what_a_broken_pass_has_left_in_the_cache_is_not_taken_for_what_the_stor
     with closing(hold_exclusive(half_cached)) as held:
         assert cached_pages(missing(half_cached))
         with closing(open_target("vda", held, "raw", half_cached.parent, doubtful=True)) as disk:
-            assert not cached_pages(missing(half_cached)), "a read could be answered with what never reached the storage"
+            assert not cached_pages(missing(half_cached)), "a read could be answered with what was never stored"
             assert disk.size_bytes == SIZE_BYTES

@@ -36,21 +36,25 @@ def main() -> int:
                 failed += _tell(result)
     took_s = time.monotonic() - began
     ends = ", ".join(f"{count} {state or 'failed'}" for state, count in sorted(states.items()))
-    print(f"{len(seeds)} seeds in {took_s:.0f} s: {ends}")  # noqa: T201
+    print(f"{len(seeds)} seeds in {took_s:.0f} s: {ends}")
     return 1 if failed else 0
 
 
 def _tell(result: Result) -> int:
     if result.violation is None:
-        print(f"seed {result.seed}: {result.state} after {result.events} events")  # noqa: T201
+        print(f"seed {result.seed}: {result.state} after {result.events} events")
         return 0
-    print(f"seed {result.seed}: {result.violation}")  # noqa: T201
-    print(f"    again: python -m tests.simulation --seed {result.seed} -v")  # noqa: T201
+    print(f"seed {result.seed}: {result.violation}")
+    print(f"    again: python -m tests.simulation --seed {result.seed} -v")
     return 1
 
 
 if __name__ == "__main__":
     if os.environ.get("PYTHONHASHSEED") != "0":
         # Sets of strings are iterated in the order of their hashes: the same in every process, or no seed replays.
-        os.execve(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})  # noqa: S606
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "tests.simulation", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
     sys.exit(main())

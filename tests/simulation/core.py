@@ -14,7 +14,7 @@ from agent.threads import Threads
 from protocol.messages import Order
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 T = TypeVar("T")
 MAX_EVENTS = 30_000
@@ -127,7 +127,7 @@ class Chaos:
         text = f"{trio.current_time():10.4f} {line}"
         self.log.append(text)
         if self.echo:
-            print(text, flush=True)  # noqa: T201 - what `-v` is for
+            print(text, flush=True)
 
     def event(self, label: str) -> None:
         """Something happens now."""

@@ -145,5 +145,6 @@ def plan(world: World, faults: int | None, only: tuple[str, ...] = ()) -> Plan:
     world.lies = any(act is lose_dirty for _, _, act in chosen)
     places = sorted(random.randint(1, HORIZON) for _ in chosen)
     return [
-        (world.chaos.count + place, name, partial(act, world)) for place, (_, name, act) in zip(places, chosen, strict=True)
+        (world.chaos.count + place, name, partial(act, world))
+        for place, (_, name, act) in zip(places, chosen, strict=True)
     ]

@@ -164,6 +164,7 @@ class SimMachine(FakeMachine):
     def boot(self) -> None:
         """libvirt starts what is to be started."""
         for domain in self.domains.values():
+            assert isinstance(domain, SimDomain)
             if domain.autostart and domain.state is PowerState.OFF:
                 with contextlib.suppress(HypervisorError):
                     domain.begin("autostart")
@@ -241,9 +242,7 @@ for _name in MUTATING:
     setattr(SimHypervisor, _name, _wrapped(_name))
 
 
-async def guest(
-    machine: SimMachine, domain: SimDomain, every_s: float, somebody_works: Callable[[], bool]
-) -> None:
+async def guest(machine: SimMachine, domain: SimDomain, every_s: float, somebody_works: Callable[[], bool]) -> None:
     """The guest of that domain, for as long as the simulation runs: while it is powered on it writes and flushes; more
     seldom while no coordinator works."""
     chaos = machine.monitor.chaos
@@ -278,7 +277,9 @@ def write(machine: SimMachine, domain: SimDomain, target: str, offset: int, data
 
 def joined(ranges: Sequence[tuple[int, int]], size: int, grain: int = 65536) -> list[tuple[int, int]]:
     """The ranges in whole grains, rising, neighbours joined: as a bitmap tells them."""
-    grains = sorted({g for offset, length in ranges for g in range(offset // grain, (offset + length - 1) // grain + 1)})
+    grains = sorted(
+        {g for offset, length in ranges for g in range(offset // grain, (offset + length - 1) // grain + 1)}
+    )
     found: list[tuple[int, int]] = []
     for g in grains:
         start, end = g * grain, min(size, (g + 1) * grain)

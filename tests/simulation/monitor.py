@@ -11,7 +11,6 @@ from agent.tags import tag_of
 from agent.virt.seam import PowerState
 from protocol.messages import FenceVm, LiftFence, Reply, Request, ViewOpened
 from tests.simulation.core import ORDER, REQUEST, Chaos, Violation
-
 from tests.simulation.storage import PAGE
 
 if TYPE_CHECKING:
@@ -110,8 +109,8 @@ class Monitor:
                 continue
             for target, top in domain.disks.items():
                 sim.memory.after_crash(target, machine.storage.content(top.path))
-        states = machine.storage.state
-        self.frozen = {path: states(path).version if path in states.__self__.files else v for path, v in self.frozen.items()}
+        files = machine.storage.files
+        self.frozen = {path: files[path].version if path in files else was for path, was in self.frozen.items()}
         for record in self.durable(machine, "equals.json").get("disks", ()):
             if record["torn"] or record["view"] not in self.views or self.original_is_current:
                 continue
@@ -135,7 +134,9 @@ class Monitor:
         """An agent changes something under the order that its task carries out (I6)."""
         order = ORDER.get()
         if order is not None and order.epoch < self.acked.get(host, 0):
-            raise Violation(f"I6: {host} does {what} under epoch {order.epoch} after it acknowledged {self.acked[host]}")
+            raise Violation(
+                f"I6: {host} does {what} under epoch {order.epoch} after it acknowledged {self.acked[host]}"
+            )
 
     def before_target_write(self, machine: SimMachine, vm_uuid: str, target: str) -> None:
         """I5: before the first byte the original is torn, durably, and nothing says that the disk equals a view."""
@@ -191,7 +192,9 @@ class Monitor:
             return
         for record in self.durable(self.original.machine, "equals.json").get("disks", ()):
             if tag_of(record["view"]) in tags:
-                raise Violation(f"6: the checkpoint of {record['view']} is deleted, which is all that the target equals")
+                raise Violation(
+                    f"6: the checkpoint of {record['view']} is deleted, which is all that the target equals"
+                )
 
     # --- what is durable ----------------------------------------------------------------------------------------------
 
@@ -213,5 +216,3 @@ class Monitor:
     def _condition(self, domain: SimDomain) -> str:
         found = self.durable(domain.machine, "ledger.json").get("conditions", ())
         return next((record["condition"] for record in found if record["vm_uuid"] == domain.uuid), "intact")
-
-

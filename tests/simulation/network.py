@@ -5,6 +5,7 @@ The bytes are the real ones of `protocol.connection` and `protocol.bulk_connecti
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -226,10 +227,8 @@ class BulkEnd:
 
     def refuse(self, code: str, sentence: str) -> None:
         """See `BulkSocket.refuse`."""
-        try:
+        with contextlib.suppress(ProtocolError):
             self.send(Goodbye(code=code, sentence=sentence[:1000]))
-        except ProtocolError:
-            pass
         self.close()
 
     def link(self) -> LinkFacts:
@@ -257,7 +256,9 @@ def call_bulk(
     wire: BulkEnd, grant: str, target: str, digest_seed: int, answer: Callable[[], None]
 ) -> tuple[BulkEnd, BulkWelcome]:
     """The calling side's part of `protocol.bulk.connect_bulk`, on an end whose other one is about to be accepted."""
-    hello = BulkHello(versions=PROTOCOL_VERSIONS, software=SOFTWARE, grant=grant, target=target, digest_seed=digest_seed)
+    hello = BulkHello(
+        versions=PROTOCOL_VERSIONS, software=SOFTWARE, grant=grant, target=target, digest_seed=digest_seed
+    )
     wire.send(hello)
     answer()
     return _await_welcome(wire)
@@ -267,7 +268,9 @@ def _await_welcome(wire: BulkEnd) -> tuple[BulkEnd, BulkWelcome]:
     try:
         message, _ = wire.receive(180.0)
     except NotYet as wait:
-        raise NotYet(wait.event, wait.timeout_s, then=partial(_await_welcome, wire), on_timeout=wait.on_timeout) from None
+        raise NotYet(
+            wait.event, wait.timeout_s, then=partial(_await_welcome, wire), on_timeout=wait.on_timeout
+        ) from None
     if isinstance(message, Goodbye):
         wire.close()
         raise PeerEnded(f"refused the bulk connection: {message.sentence}", goodbye_code=message.code)

@@ -188,7 +188,9 @@ class Seams:
         path = Path(f"/proc/self/fd/{fd}").resolve()
         return self._host(path).storage.stamp(fd)
 
-    def connect_bulk(self, host: str, port: int, *, peer_fingerprint: str, grant: str, target: str, **words: Any) -> Any:
+    def connect_bulk(
+        self, host: str, port: int, *, peer_fingerprint: str, grant: str, target: str, **words: Any
+    ) -> Any:
         """See `protocol.bulk.connect_bulk`."""
         peer = self.world.hosts[host]
         link = self.world.links["bulk"]

@@ -173,7 +173,7 @@ class Storage:
 
     def stamp(self, fd: int) -> Stamp:
         """Of an open file."""
-        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        path = Path(f"/proc/self/fd/{fd}").readlink()
         status, version = os.fstat(fd), self.state(path).version
         return Stamp(
             device=1,
@@ -324,7 +324,7 @@ def _extents(read: Callable[[int, int], bytes], at: int, end: int) -> Iterator[E
 def nonzero_pages(content: bytes) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which pages hold anything."""
     padded = np.frombuffer(content.ljust(-(-len(content) // PAGE) * PAGE, b"\0"), dtype=np.uint8)
-    return padded.reshape(-1, PAGE).any(axis=1)
+    return np.asarray(padded.reshape(-1, PAGE).max(axis=1) > 0)
 
 
 class MapOs:

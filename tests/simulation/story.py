@@ -21,7 +21,7 @@ from agent.virt.seam import PowerState
 from coordinator.errors import CoordinatorError
 from coordinator.model import Newest, Pair, PairRequest, RestorePoint, RunOptions, ShutdownPolicy, State
 from coordinator.runs import Coordinator
-from coordinator.states import TABLE, Verb, allowed_verbs
+from coordinator.states import TABLE, allowed_verbs
 from protocol.messages import Tracking
 from tests.simulation.core import Chaos, Violation
 from tests.simulation.faults import plan
@@ -78,7 +78,9 @@ class Administrator:
             world.chaos.say(f"=== {pair.state.value}")
             if pair.state is State.FAILOVER and world.original.state is PowerState.OFF:
                 world.monitor.original_is_current = False
-            if pair.state is State.READY or (pair.state is State.FAILOVER and self.started and not self._begins_again()):
+            if pair.state is State.READY or (
+                pair.state is State.FAILOVER and self.started and not self._begins_again()
+            ):
                 return pair
             await self._go_on(pair)
         raise Violation(f"I4: after {ATTEMPTS} attempts the pair does not rest: {self.outcomes[-3:]}")
@@ -164,11 +166,20 @@ class Administrator:
         """What sentences ask for: VMs started by hand are powered off, a replica that died is started again."""
         world = self.world
         for domain in (world.original, world.replica):
-            if domain.state is PowerState.RUNNING and domain is world.original and domain.started_by in ("hand", "boot"):
+            if (
+                domain.state is PowerState.RUNNING
+                and domain is world.original
+                and domain.started_by in ("hand", "boot")
+            ):
                 world.chaos.say("=== the original is powered off by hand")
                 domain.end()
         serving = not world.monitor.original_is_current and not world.monitor.fenced.get(world.replica.uuid, False)
-        if serving and world.replica.state is PowerState.OFF and world.hosts["dr"].powered and self.random.random() < 0.5:
+        if (
+            serving
+            and world.replica.state is PowerState.OFF
+            and world.hosts["dr"].powered
+            and self.random.random() < 0.5
+        ):
             with contextlib.suppress(HypervisorError):
                 world.replica.begin("hand")
                 world.replica.started_by = "tool"

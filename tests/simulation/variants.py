@@ -33,6 +33,8 @@ from tests.simulation.seams import Seams
 from tests.simulation.storage import SimDisk
 from tests.simulation.world import Broken, World
 
+INTACT = Broken()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -52,7 +54,7 @@ class Variant:
     faults: int | None = 0
     only: tuple[str, ...] = ()
     triggers: tuple[tuple[str, Callable[[World], None]], ...] = ()
-    broken: Broken = Broken()
+    broken: Broken = INTACT
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -176,7 +178,9 @@ VARIANTS = (
         faults=3,
         only=("a stale coordinator",),
     ),
-    Variant(name="the original starts before the last pass", caught_as="I2", patches=((LastPass, "do", _no_last_pass),)),
+    Variant(
+        name="the original starts before the last pass", caught_as="I2", patches=((LastPass, "do", _no_last_pass),)
+    ),
     Variant(
         name="an epoch is acknowledged before it is durable",
         caught_as="I5",
@@ -215,7 +219,11 @@ VARIANTS = (
         caught_as="I5",
         patches=((Ledger, "put_fence", _fenced_in_memory),),
     ),
-    Variant(name="the original is not torn before the first write", caught_as="I5", patches=((PassRunner, "_marker", _not_marked),)),
+    Variant(
+        name="the original is not torn before the first write",
+        caught_as="I5",
+        patches=((PassRunner, "_marker", _not_marked),),
+    ),
     Variant(
         name="a disk that is written to is still said to equal a view",
         caught_as="I5",
@@ -232,7 +240,9 @@ VARIANTS = (
         ),
         triggers=(("prod power_on done", _original_on),),
     ),
-    Variant(name="the marks of digest maps are skipped", caught_as="6", patches=((MapFile, "mark", _marked_in_memory),)),
+    Variant(
+        name="the marks of digest maps are skipped", caught_as="6", patches=((MapFile, "mark", _marked_in_memory),)
+    ),
     Variant(
         name="a lost dirty bitmap is accepted",
         caught_as="I2",

@@ -15,10 +15,10 @@ import trio
 
 from agent.config import Config as AgentConfig
 from agent.config import TlsConfig
-from agent.daemon import _keep_promises, _mend, failure_of
+from agent.daemon import _keep_promises, _mend
 from agent.errors import AgentError
 from agent.ledger import Ledger
-from agent.service import AgentService
+from agent.service import AgentService, failure_of
 from agent.sync.conversation import Unforeseen
 from coordinator.agents import AgentLink
 from coordinator.config import Config
@@ -93,7 +93,7 @@ class AgentHost:
         while True:
             await self._life()
             await trio.sleep(1 + random.random() * 9)
-            while not self.powered:
+            while not self.powered:  # noqa: ASYNC110 - virtual time
                 await trio.sleep(1)
 
     async def lose_power(self) -> None:
@@ -376,7 +376,7 @@ class World:
             nursery.start_soon(host.live)
         for domain in (self.replica, self.original):
             nursery.start_soon(guest, domain.machine, domain, every_s, lambda: self.coordinator is not None)
-        while not all(host.listening for host in self.hosts.values()):
+        while not all(host.listening for host in self.hosts.values()):  # noqa: ASYNC110 - virtual time
             await trio.sleep(0.01)
 
     async def connect_control(self, name: str) -> ControlEnd:
