@@ -3,17 +3,21 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-TESTS ?= tests
+TESTS ?=
 UNDO ?=
 NAMES ?=
 SEEDS ?= 1000
 FIRST ?= 0
 
+HALVES := test-hosts test-rest
+test-hosts := tests/contract/
+test-rest := $(filter-out $(test-hosts) tests/demo/ tests/fakes/ tests/lab/ tests/__pycache__/,$(wildcard tests/*/))
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test soak demo bench clean
+.PHONY: help setup packages check format test $(HALVES) soak demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -40,7 +44,15 @@ format: setup ## let ruff format everything and fix what it can
 	$(BIN)/ruff format .
 
 test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/unit for some)
+ifeq ($(strip $(TESTS)),)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line $(HALVES)
+else
 	$(BIN)/pytest -q $(TESTS)
+endif
+
+# Two runs side by side: one waits for hypervisors most of the time, the other computes.
+$(HALVES):
+	$(BIN)/pytest -q -o cache_dir=.pytest_cache/$@ $($@)
 
 soak: setup ## whole failbacks under faults, simulated, in two processes (SEEDS=10000 for as many, FIRST=n from there)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)

@@ -408,7 +408,7 @@ class World:
                         async with Coordinator(
                             self.config,
                             actor="root@sim",
-                            agents=SimAgents(nursery),  # type: ignore[arg-type]
+                            agents=SimAgents(nursery),
                             clock=VirtualClock(),
                             tokens=self.tokens,
                             make_store=lambda database: SimStore(database, process),
