@@ -74,6 +74,8 @@ class Monitor:
             if domain.started_by == "tool":
                 self.original_is_current = False
             return
+        if domain.started_by != "tool" and self._is_released(domain):
+            domain.started_by = "tool"  # the switchover had freed it: somebody was quicker
         if domain.started_by != "tool":
             domain.memory = None if not self.original_is_current else domain.memory
             return
@@ -93,6 +95,10 @@ class Monitor:
         for target, held in domain.memory.expected.items():
             held[:] = domain.machine.storage.content(domain.disks[target].path)
         self.original_is_current = True
+
+    def _is_released(self, original: SimDomain) -> bool:
+        fenced = self.durable_fence
+        return fenced(self.replica.machine, self.replica.uuid) and not fenced(original.machine, original.uuid)
 
     def ended(self, domain: SimDomain) -> None:
         """A VM runs no more."""
