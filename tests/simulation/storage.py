@@ -284,7 +284,9 @@ class SimDisk:
 
     def extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
         self._gate.check("mapping", offset_bytes, length_bytes)
-        return _extents(lambda at, size: os.pread(self._fd, size, at), offset_bytes, offset_bytes + length_bytes)
+        return _extents(
+            lambda at, size: self._state.read_storage(self._fd, at, size), offset_bytes, offset_bytes + length_bytes
+        )
 
     def read_back(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading back", offset_bytes, buffer.nbytes):
