@@ -155,7 +155,8 @@ class Monitor:
         if not self.durable_fence(machine, vm_uuid):
             raise Violation("I1: a write to an original that is not fenced")
         digests = machine.folder / "state" / "maps" / f"{vm_uuid}-{target}.map"
-        if digests.exists():
+        # One whose file has failed is left behind unused, and proves nothing by its stamp.
+        if digests.exists() and "mapping" not in machine.storage.tripped:
             held = machine.storage.state(digests).dirty.get(HEADER_BYTES // PAGE)
             mark = held[:1] if held is not None else digests.read_bytes()[HEADER_BYTES : HEADER_BYTES + 1]
             if mark != b"\xff":

@@ -106,7 +106,7 @@ class Storage:
     Attributes:
         boot: counts the host's boots.
         pending: small files replaced and not durable yet, with what was durable (None: nothing).
-        failing: errors that are about to happen, by what is done: number and how often.
+        failing: errors that are about to happen, by what is done: number and how often; `tripped`: what did.
     """
 
     folder: Path
@@ -115,6 +115,7 @@ class Storage:
     files: dict[Path, FileState] = field(default_factory=dict)
     pending: dict[Path, bytes | None] = field(default_factory=dict)
     failing: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tripped: set[str] = field(default_factory=set)
 
     def state(self, path: Path) -> FileState:
         """Of the file at `path`."""
@@ -125,6 +126,7 @@ class Storage:
         number, left = self.failing.get(doing, (0, 0))
         if left:
             self.failing[doing] = (number, left - 1)
+            self.tripped.add(doing)
             raise OSError(number, os.strerror(number))
 
     def content(self, path: Path) -> bytes:
