@@ -26,7 +26,8 @@ LIFT_ORIGINAL_FENCE = "lift_original_fence"
 
 @dataclass
 class RunContext:
-    """One run in the hands of one process. `pair` and `epoch` change as the run goes on; the rest stays."""
+    """One run in the hands of one process. `pair` and `epoch` change as the run goes on; the rest
+    stays."""
 
     pair: Pair
     run: RunRecord
