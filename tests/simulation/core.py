@@ -121,10 +121,11 @@ class Chaos:
     log: list[str] = field(default_factory=list)
     count: int = 0
     echo: bool = False
+    now_s: Callable[[], float] = lambda: trio.current_time()
 
     def say(self, line: str) -> None:
         """Add a line to the log."""
-        text = f"{trio.current_time():10.4f} {line}"
+        text = f"{self.now_s():10.4f} {line}"
         self.log.append(text)
         if self.echo:
             print(text, flush=True)
