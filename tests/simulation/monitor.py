@@ -164,6 +164,11 @@ class Monitor:
         if self.original.state is not PowerState.OFF:
             raise Violation("I1: a write to an original that runs")
 
+    def asked(self, request: Request) -> None:
+        """An order is about to be carried out. Whether a fence is lifted is not known until it is answered."""
+        if isinstance(request, LiftFence):
+            self.fenced[request.vm_uuid] = False
+
     def answered(self, host: str, request: Request, reply: Reply) -> None:
         """An order was carried out, and that is about to be said."""
         order = getattr(request, "order", None)
@@ -174,8 +179,6 @@ class Monitor:
             if not self.durable_fence(vm.machine, vm.uuid):
                 raise Violation(f"I5: {host} acknowledges a fence that a crash would undo")
             self.fenced[request.vm_uuid] = True
-        if isinstance(request, LiftFence):
-            self.fenced[request.vm_uuid] = False
         if isinstance(reply, ViewOpened):
             view = self.replica.view
             if view is not None:

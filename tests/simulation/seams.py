@@ -21,6 +21,7 @@ import trio
 import trio._core._run as trio_run
 from trio.testing import MockClock
 
+import agent.authority
 import agent.disk.lock
 import agent.equals
 import agent.evidence
@@ -246,6 +247,7 @@ def installed(world: World) -> Iterator[Seams]:
         (agent.maps, "stamp_of", seams.stamp_of),
         (agent.maps, "secrets", seeded),
         (agent.passes, "secrets", seeded),
+        (agent.authority, "time", clock),
         (agent.service, "time", clock),
         (agent.sync.work, "time", SimpleNamespace(perf_counter=lambda: next(counter) * 0.001)),
         (agent.sync.map_file, "os", MapOs(seams._storage)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from unittest import mock
 import agent.sources
 import agent.sync.writing
 from agent.authority import Authority
+from agent.authority_record import EpochRecord, with_epoch
 from agent.disk.bitmaps import Bitmap
 from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
-from agent.ledger import EpochRecord, FenceRecord, Ledger
+from agent.ledger import FenceRecord, Ledger
 from agent.passrun import PassRunner
 from agent.sync.map_file import MapFile
 from agent.tags import tag_of
@@ -25,7 +26,7 @@ from coordinator.context import RunContext
 from coordinator.records import CheckpointsRecord, Nothing, PassRecord
 from coordinator.steps_round import DropCheckpointsOfRound
 from coordinator.steps_switch import LastPass, LiftOriginalFence
-from protocol.messages import DropCheckpoints, Order
+from protocol.messages import DropCheckpoints
 from tests.fakes.memory_dirty import MemoryDirtyRanges
 from tests.simulation.faults import cut, kill_qemu
 from tests.simulation.machines import SimHypervisor
@@ -74,22 +75,16 @@ def _no_read_back(_disk: Any, written: Any, _rehash: Any = None) -> int:
     return int(written.size_bytes)
 
 
-@contextlib.asynccontextmanager
-async def _any_epoch(self: Authority, order: Order) -> AsyncIterator[None]:
-    seen = self.ledger.epoch(order.pair)
-    if order.epoch > seen:
-        await self.passes.end(order.pair)
-        self.ledger.raise_epoch(order.pair, order.epoch)
-    yield
+def _never_stale(_: Authority, *__: Any, **___: Any) -> None:
+    return
 
 
 async def _no_last_pass(_: LastPass, context: RunContext) -> PassRecord:
     return rounds.done_rounds(context.log)[-1].passed
 
 
-def _raised_in_memory(self: Ledger, pair: str, epoch: int) -> None:
-    kept = tuple(record for record in self._contents.epochs if record.pair != pair)
-    self._contents = replace(self._contents, epochs=(*kept, EpochRecord(pair=pair, epoch=epoch)))
+def _raised_in_memory(self: Ledger, record: EpochRecord) -> None:
+    self._contents = replace(self._contents, epochs=with_epoch(self._contents.epochs, record))
 
 
 def _fenced_in_memory(self: Ledger, fence: FenceRecord) -> None:
@@ -174,7 +169,7 @@ VARIANTS = (
     Variant(
         name="the epoch is not checked",
         caught_as="I6",
-        patches=((Authority, "of", _any_epoch),),
+        patches=((Authority, "_check", _never_stale),),
         faults=3,
         only=("a stale coordinator",),
     ),
@@ -184,7 +179,7 @@ VARIANTS = (
     Variant(
         name="an epoch is acknowledged before it is durable",
         caught_as="I5",
-        patches=((Ledger, "raise_epoch", _raised_in_memory),),
+        patches=((Ledger, "put_authority", _raised_in_memory),),
         faults=2,
         only=("the target agent is killed", "the source agent is killed"),
     ),

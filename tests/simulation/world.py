@@ -197,6 +197,7 @@ class AgentHost:
         REQUEST.set(name)
         if isinstance(request, LiftFence | PowerOn | PowerOff | FenceVm | Unprotect):
             self.orders.append(request)
+        self.world.monitor.asked(request)
         process.point(f"is asked {name}")
         reply = await service.handle(request, peer, progress)
         process.check()
