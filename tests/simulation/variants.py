@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import trio
+
 import agent.sources
 import agent.sync.writing
 from agent.authority import Authority
@@ -28,8 +30,8 @@ from coordinator.steps_round import DropCheckpointsOfRound
 from coordinator.steps_switch import LastPass, LiftOriginalFence
 from protocol.messages import DropCheckpoints
 from tests.fakes.memory_dirty import MemoryDirtyRanges
-from tests.simulation.faults import cut, kill_qemu
-from tests.simulation.machines import SimHypervisor
+from tests.simulation.faults import cut, kill_agent, kill_qemu, start_original
+from tests.simulation.machines import SimHypervisor, write
 from tests.simulation.seams import Seams
 from tests.simulation.storage import SimDisk
 from tests.simulation.world import Broken, World
@@ -147,6 +149,23 @@ async def _not_held(_: RunContext) -> bool:
     return True
 
 
+def _killed_after_a_write(world: World) -> None:
+    write(world.replica.machine, world.replica, "vda", 0, world.random.randbytes(4096))
+    kill_qemu(world)
+
+
+def _start_after_a_kill(world: World) -> None:
+    kill_agent("prod", world)
+    world.hosts["prod"].machine.hook = False
+    world.nursery.start_soon(_start_once_it_is_back, world)
+
+
+async def _start_once_it_is_back(world: World) -> None:
+    while not world.hosts["prod"].listening:  # noqa: ASYNC110 - virtual time
+        await trio.sleep(0.01)
+    start_original(world)
+
+
 def _original_on(world: World) -> None:
     cut("prod", world)
 
@@ -199,8 +218,7 @@ VARIANTS = (
         name="fences are forgotten by an agent that starts",
         caught_as="I1",
         patches=((FenceKeeper, "restore", _nothing), (FenceKeeper, "mend", _nothing)),
-        faults=6,
-        only=("the target agent is killed", "the original is started by hand"),
+        triggers=(("prod has done FenceVm", _start_after_a_kill),),
     ),
     Variant(
         name="a fence leaves autostart on",
@@ -242,6 +260,6 @@ VARIANTS = (
         name="a lost dirty bitmap is accepted",
         caught_as="I2",
         patches=((Seams, "bitmaps_of", _all_saved), (Seams, "_dirty", _lost_is_empty)),
-        triggers=(("dr request_shutdown done", kill_qemu),),
+        triggers=(("dr request_shutdown done", _killed_after_a_write),),
     ),
 )
