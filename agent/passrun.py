@@ -247,6 +247,7 @@ class PassRunner:
         fence = self.fences.required(session.grant.vm_uuid, "original", session.order.pair)
         for granted in session.grant.disks:
             self.evidence.require(session.grant.vm_uuid, granted)
+        torn = self.fences.condition(session.grant.vm_uuid) is DiskCondition.TORN
         for granted in session.grant.disks:
             trio.from_thread.check_cancelled()  # each may take a while
             # What the VM's disk is now stands first.
@@ -255,7 +256,12 @@ class PassRunner:
             if image is None or held is None:
                 raise SyncError(f"the disk {granted.target} is not covered by the fence of the original: fence it")
             opened[granted.target] = open_target(
-                granted.target, held, image.format, self.runtime_dir, scattered=granted.since is not None
+                granted.target,
+                held,
+                image.format,
+                self.runtime_dir,
+                scattered=granted.since is not None,
+                doubtful=torn,
             )
 
     def _check_sizes(self, session: Session, disks: dict[str, Disk], granted: dict[str, int]) -> None:

@@ -69,8 +69,9 @@ def next_round(log: RunLog) -> int:
     given_up = _seq(log, close_view(number), EntryKind.DONE) > _seq(log, open_view(number), EntryKind.INTENT)
     if not given_up:
         return number
-    finished = not log.is_done(pass_of(number)) or log.is_done(drop_checkpoints(number))
-    return number + 1 if finished else number
+    # Where nothing is recorded there is nothing to drop, and that step is never carried out.
+    to_drop = ever_tracked(log) and not log.is_done(drop_checkpoints(number))
+    return number if log.is_done(pass_of(number)) and to_drop else number + 1
 
 
 def _seq(log: RunLog, step: str, kind: EntryKind) -> int:

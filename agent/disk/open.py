@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from agent.disk.gate import storage_error
 from agent.disk.lock import HeldImage
 from agent.disk.mapped import MappedDisk
 from agent.disk.nbd import NbdDisk
@@ -78,7 +80,15 @@ def open_shared(name: str, image: Path, image_format: str, socket_dir: Path) -> 
     return _served(name, server, writable=False)
 
 
-def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path, *, scattered: bool = False) -> Disk:
+def open_target(
+    name: str,
+    held: HeldImage,
+    image_format: str,
+    socket_dir: Path,
+    *,
+    scattered: bool = False,
+    doubtful: bool = False,
+) -> Disk:
     """Open the image that is held exclusively for writing; the lock lives until the last writer is gone.
 
     Args:
@@ -87,6 +97,9 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path,
         image_format: QEMU's name of the format.
         socket_dir: a folder for the sockets of qemu-nbd.
         scattered: as for `open_source`.
+        doubtful: a pass that wrote to it was not completed. Its last flush may have failed, or what it read back may
+            have been wrong; the page cache then still holds what was to be written, which the storage may not. So the
+            cache is dropped, and what is compared is what the storage holds.
 
     Raises:
         DiskError: it cannot be opened, is not held exclusively, or its path has been given to another file.
@@ -96,6 +109,8 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path,
             f"Disk {name}: {held.path} is frozen, not held for writing; fence it as an original first.", disk=name
         )
     _require_named(name, held)
+    if doubtful:
+        _drop_cache(name, held)
     if image_format == "raw":
         return RawDisk.open(name, held.path, writable=True, fd=held.fd)
     QemuNbd.socket_path(name, socket_dir)  # what would keep the first write from starting it is said now
@@ -117,6 +132,15 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path,
             return serve(str(why))
         undone.pop_all()
         return target
+
+
+def _drop_cache(name: str, held: HeldImage) -> None:
+    """Clean pages alone leave the cache (posix_fadvise(2)): those that are dirty still are written first."""
+    try:
+        os.fdatasync(held.fd)
+        os.posix_fadvise(held.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise storage_error(name, str(held.path), "dropping its page cache", error.errno or 0) from error
 
 
 def _require_named(name: str, held: HeldImage) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -17,6 +18,9 @@ from agent.disk.raw import RawDisk
 from agent.disk.seam import Disk
 from tests.fakes.memory_disk import MemoryDisk, MemoryStorage
 from tests.fakes.sparse_disk import SparseDisk, SparseStorage
+from tests.simulation.core import Chaos, Process
+from tests.simulation.storage import SimDisk
+from tests.simulation.storage import Storage as VolatileStorage
 
 MIB = 1024 * 1024
 ODD_SIZE_BYTES = 10 * MIB + 517
@@ -118,6 +122,19 @@ def sparse_storage(size_bytes: int) -> Storage:
     return Storage(size_bytes, True, lambda writable: SparseDisk("vda", storage, writable=writable))
 
 
+def simulated_storage(path: Path, opened: ExitStack, size_bytes: int) -> Storage:
+    """The disk of the simulation, whose storage has a volatile cache."""
+    chaos = Chaos(Random(1), now_s=lambda: 0.0)
+    process, storage = Process("agent", chaos), VolatileStorage(path.parent, Random(1))
+
+    def open_simulated(writable: bool) -> Disk:
+        disk = SimDisk("vda", path, storage, process, writable=writable)
+        opened.callback(disk.close)
+        return disk
+
+    return Storage(size_bytes, True, open_simulated)
+
+
 @contextmanager
 def storage_of(kind: str, folder: Path) -> Iterator[Storage]:
     """The storage of that kind, fresh and empty."""
@@ -132,6 +149,8 @@ def storage_of(kind: str, folder: Path) -> Iterator[Storage]:
                 storage = raw_storage(sparse_file(folder / "raw", 10 * MIB), opened, 10 * MIB)
             case "raw-odd":
                 storage = raw_storage(sparse_file(folder / "raw", ODD_SIZE_BYTES), opened, ODD_SIZE_BYTES)
+            case "simulated":
+                storage = simulated_storage(sparse_file(folder / "raw", ODD_SIZE_BYTES), opened, ODD_SIZE_BYTES)
             case "qcow2":
                 storage = qcow2_storage(folder / "image", opened, 10 * MIB + 512)
             case _:
@@ -148,6 +167,7 @@ def storage_of(kind: str, folder: Path) -> Iterator[Storage]:
 KINDS = [
     "memory",
     "sparse",
+    "simulated",
     "raw",
     "raw-odd",
     "qcow2",

@@ -187,3 +187,11 @@ def test_what_is_not_cached_is_read_from_a_source_at_idle_priority_and_from_a_ta
         found.clear()
         read_all(disk, MIB)
     assert set(found) == {before}
+
+
+def test_what_a_broken_pass_has_left_in_the_cache_is_not_taken_for_what_the_storage_holds(half_cached: Path) -> None:
+    with closing(hold_exclusive(half_cached)) as held:
+        assert cached_pages(missing(half_cached))
+        with closing(open_target("vda", held, "raw", half_cached.parent, doubtful=True)) as disk:
+            assert not cached_pages(missing(half_cached)), "a read could be answered with what was never stored"
+            assert disk.size_bytes == SIZE_BYTES

@@ -153,3 +153,10 @@ def test_what_earlier_switchovers_took_counts_before_what_is_merely_alike() -> N
     after, measured = fixed_seconds(log, {"fence_replica": 0.05, "original_on": 0.2})
     assert measured
     assert after == pytest.approx(before - (0.3 - 0.05) - (DEFAULT_STEP_S["original_on"] - 0.2))
+
+
+def test_a_round_of_which_nothing_is_recorded_is_finished_without_dropping_records() -> None:
+    diary = Diary()
+    diary.add("open_view:1", EntryKind.INTENT)
+    diary.round(1, at_s=0.0, bytes_=0, elapsed_s=1.0, tracked=False, since=False)
+    assert next_round(diary.log) == 2, "a process that takes over here would work on a round that has no steps left"
