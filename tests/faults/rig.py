@@ -72,7 +72,6 @@ class Rig:
         self._dice = random.Random(seed)
         self._count = 0
         self.expected: dict[str, bytes] = {}
-        self.acknowledged = 0
         self.pair = self._make()
         self.watch = Watch(self)
         self.watch.start()
@@ -146,6 +145,19 @@ class Rig:
         self.verbs.must("failover", name)
         return pair
 
+    def is_fenced(self, vm: LabVm) -> bool:
+        """Whether the journal says that its fence was taken and not lifted since."""
+        replica = vm is self.pair.replica
+        taken = "fence_replica" if replica else "fence_original"
+        lifts = {("do", "release_replica"), ("undo", taken)} if replica else {("do", "lift_original_fence"), ("undo", taken)}
+        fenced = False
+        for phase, kind, step, _ in self.journal():
+            if (phase, step) == ("do", taken) or (not replica and (phase, step) == ("undo", "lift_original_fence")):
+                fenced = kind == "done"
+            elif (phase, step) in lifts:
+                fenced = False
+        return fenced
+
     def write(self) -> None:
         """Write to the serving replica here and there, as its guest would, and remember what it holds now."""
         replica = self.pair.replica
@@ -156,16 +168,11 @@ class Rig:
                     monitor.write(number, offset, WRITE_BYTES, pattern=self._dice.randrange(1, 256))
                 monitor.flush(number)
         self.expected = self.contents(replica)
-        self.acknowledged = self.heard(replica)
 
     def contents(self, vm: LabVm) -> dict[str, bytes]:
         """What its disks hold outside the guest's own part."""
         sources = vm.sources()
         return {disk.target: _outside(sources[disk.target], vm.host.folder) for disk in vm.disks}
-
-    def heard(self, vm: LabVm) -> int:
-        """The last count that the guest said was written."""
-        return max((count for count in console.wrote(vm.log).values()), default=0)
 
     def last_count(self, vm: LabVm) -> int:
         """The last count that the guest ever said was written, in any boot."""
@@ -195,9 +202,7 @@ class Rig:
         other = original if newest is replica else replica
         self.wait_until(lambda: self.runs(newest), f"{newest.name} holds the newest data and does not run")
         assert not self.runs(other), f"{other.name} runs"
-        self.wait_until(lambda: bool(console.found(newest.log)), f"{newest.name} never said what it found")
-        found = console.found(newest.log)
-        assert min(record.sequence for record in found.values()) + 1 >= self._must_find(newest), (found, "a write is lost")
+        self._judge_history(newest)
         held = self.contents(newest)
         for target, wanted in self.expected.items():
             assert held[target] == wanted, f"{target} of {newest.name} is not what was written"
@@ -205,14 +210,23 @@ class Rig:
             self.pair.assert_same_disks()
         self.assert_nothing_left(state)
 
-    def _must_find(self, newest: LabVm) -> int:
-        """The count that its last boot must have found at least."""
-        text = console.read(newest.log)
-        before = text.rfind("FAILBACK FOUND vdb")
-        if newest is self.pair.original:
-            return self.last_count(self.pair.replica)
-        lines = [line for line in text[:before].splitlines() if line.startswith("FAILBACK WROTE")]
-        return max((int(line.split()[3]) for line in lines), default=0)
+    def _judge_history(self, newest: LabVm) -> None:
+        """No boot ever found less than was acknowledged before it, and the present one serves.
+
+        A count is said of ``vda`` before it is written to ``vdb``: one less is no loss there.
+        """
+        if newest is self.pair.replica:
+            console.wait_for_writes(newest.log, "vda", 1, WAIT_S)
+        else:
+            wanted = self.last_count(self.pair.replica)
+            self.wait_until(lambda: _least(console.found(newest.log)) + 1 >= wanted, f"{newest.name} lacks a write")
+        acknowledged = 0
+        for line in console.read(self.pair.replica.log).splitlines():
+            match line.split():
+                case ["FAILBACK", "WROTE", _, count]:
+                    acknowledged = max(acknowledged, int(count))
+                case ["FAILBACK", "FOUND", _, count, _]:
+                    assert int(count) + 1 >= acknowledged, f"a boot found {count}, {acknowledged} was acknowledged"
 
     def assert_nothing_left(self, state: str) -> None:
         """No process, job, checkpoint, snapshot, bitmap, scratch file or socket of ours."""
@@ -233,6 +247,10 @@ class Rig:
         for agent in self.site.agents.values():
             files = [path.name for path in (agent.config.parent / "run").iterdir()]
             assert files == [], f"{agent.name} keeps {files}"
+
+
+def _least(found: dict[str, console.Record]) -> int:
+    return min((record.sequence for record in found.values()), default=-1)
 
 
 def _images(folder: Path, *, seed: int) -> tuple[LabDisk, ...]:
