@@ -66,6 +66,7 @@ def run_cell(rig: Rig, cell: Cell) -> Outcome:
 def _strike_and_recover(rig: Rig, cell: Cell, outcome: Outcome) -> None:
     assert rig.state() == cell.begins_in, f"the pair is in {rig.state()}"
     if cell.begins_in == "Failover":
+        rig.serve()
         rig.write()
     verb = come_to(rig, cell.boundary)
     said = cell.fault.strike(rig, verb)
@@ -126,35 +127,35 @@ def _stands(verb: Verb) -> None:
 
 def _recover(rig: Rig, outcome: Outcome) -> None:
     """What the tool says, until the pair rests."""
-    pair = rig.pair.name
+    pair, latest = rig.pair.name, outcome.saw
     for attempt in range(MOST_ATTEMPTS):
         state = rig.state()
         if state in RESTING:
             return
         way = "resume"
         if not outcome.saw:
-            outcome.saw = str(rig.verbs.must("status", pair)["means"])
+            outcome.saw = latest = str(rig.verbs.must("status", pair)["means"])
         if state == "Needs operator":
             call = json.loads(rig.exits())
-            _obey(rig, call["sentence"], outcome)
+            latest = call["sentence"]
             if attempt >= MOST_ATTEMPTS // 2:
                 way = next((exit_ for exit_ in ("undo", "cancel") if exit_ in call["exits"]), "resume")
         elif state in ("Syncing", "Ready to switch") and attempt >= MOST_ATTEMPTS // 2:
             way = "cancel"
         words = {"resume": ["resume", "--foreground"], "undo": ["undo", "--yes"], "cancel": ["cancel"]}[way]
-        if state in ("Syncing", "Ready to switch"):
-            _obey(rig, outcome.saw, outcome)
+        _obey(rig, latest, outcome)
         verb = rig.verbs.run(*words, pair)
         outcome.happened.append(f"`{way}` ended with {verb.code}")
-        if verb.code and attempt:
-            outcome.happened.append(f"“{verb.sentence()}”")
+        latest = verb.sentence()
+        if verb.code and rig.state() not in RESTING:
+            outcome.happened.append(f"“{latest}”")
     raise AssertionError(f"the pair still is in {rig.state()}")
 
 
 def _obey(rig: Rig, sentence: str, outcome: Outcome) -> None:
     """What a sentence asks of a person, and a person would do."""
     original, replica = rig.pair.original, rig.pair.replica
-    if rig.runs(original) and re.search(r"the original on \S+ is running", sentence):
+    if rig.runs(original) and rig.watch.excused and re.search(r"power (it|the original) off", sentence):
         original.host.virsh("destroy", original.name)
         rig.watch.excused = False
         outcome.happened.append("the original powered off by hand")

@@ -76,6 +76,7 @@ def _move_on(rig: Rig) -> None:
         case "Failback":
             rig.verbs.must("undo", "--yes", pair)
         case _:
+            rig.serve()
             rig.write()
             rig.verbs.must(*START, pair)
 

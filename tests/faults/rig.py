@@ -158,6 +158,11 @@ class Rig:
                 fenced = False
         return fenced
 
+    def serve(self) -> None:
+        """Start the replica where it is off: a run that found it so leaves it so."""
+        if not self.runs(self.pair.replica):
+            self.pair.replica.start()
+
     def write(self) -> None:
         """Write to the serving replica here and there, as its guest would, and remember what it holds now."""
         replica = self.pair.replica
