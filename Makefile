@@ -3,15 +3,19 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-TESTS ?= tests
+TESTS ?=
 UNDO ?=
 NAMES ?=
+
+HALVES := test-hosts test-rest
+test-hosts := tests/contract/
+test-rest := $(filter-out $(test-hosts) tests/demo/ tests/fakes/ tests/lab/ tests/__pycache__/,$(wildcard tests/*/))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test demo bench clean
+.PHONY: help setup packages check format test $(HALVES) demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -38,7 +42,15 @@ format: setup ## let ruff format everything and fix what it can
 	$(BIN)/ruff format .
 
 test: setup ## every test, those on real libvirt and QEMU included (TESTS=tests/unit for some)
+ifeq ($(strip $(TESTS)),)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line $(HALVES)
+else
 	$(BIN)/pytest -q $(TESTS)
+endif
+
+# Two runs side by side: one waits for hypervisors most of the time, the other computes.
+$(HALVES):
+	$(BIN)/pytest -q -o cache_dir=.pytest_cache/$@ $($@)
 
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)

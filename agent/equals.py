@@ -83,6 +83,11 @@ class EqualsBook:
         """The record of that disk."""
         return next((r for r in self._disks if (r.vm_uuid, r.target) == (vm_uuid, target)), None)
 
+    @property
+    def records(self) -> tuple[EqualsRecord, ...]:
+        """All of them."""
+        return self._disks
+
     def put(self, record: EqualsRecord) -> None:
         """Make the record durable, in place of the disk's former one."""
         self._change(lambda old: (*(r for r in old if not _is_of(r, record.vm_uuid, record.target)), record))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,6 +183,7 @@ class FenceKeeper:
                 side=side,
                 autostart_before=domain.autostart if old is None else old.autostart_before,
                 images=self._images(domain, targets, side, old if old is not None and old.side == side else None),
+                since_s=time.time() if old is None else old.since_s,
             )
             self._check_shared(fence)
             self.ledger.put_fence(fence)

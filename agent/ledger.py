@@ -59,7 +59,8 @@ class FencedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FenceRecord:
-    """A VM that must not start. `side` is ``original`` or ``replica``."""
+    """A VM that must not start. `side` is ``original`` or ``replica``. `since_s`: when it was taken, in seconds since
+    1970, for people; 0: not known."""
 
     vm_uuid: str
     pair: str
@@ -67,6 +68,7 @@ class FenceRecord:
     side: str
     autostart_before: bool
     images: tuple[FencedImage, ...]
+    since_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +285,10 @@ class Ledger:
         if self.condition(record.vm_uuid) == record:
             return
         self._change(lambda old: replace(old, conditions=(*_without(old.conditions, record.vm_uuid), record)))
+
+    def drop_condition(self, vm_uuid: str) -> None:
+        """Forget the flag of that VM's disks: they belong to no pair any more."""
+        self._change(lambda old: replace(old, conditions=_without(old.conditions, vm_uuid)))
 
     def protection(self, vm_uuid: str, snapshot: str) -> ProtectionRecord | None:
         """The record of that protective snapshot."""

@@ -137,6 +137,11 @@ class PassDesk:
         for pair in tuple(self._sessions):
             await self.end(pair)
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Every grant that is stored or carried out."""
+        return tuple(self._sessions.values())
+
     def is_running(self, pair: str) -> bool:
         """Whether a pass of the pair runs here."""
         session = self._sessions.get(pair)

@@ -24,6 +24,7 @@ from agent.equals import EqualsBook
 from agent.errors import AgentError, Forbidden, HypervisorError
 from agent.evidence import EvidenceDesk
 from agent.fences import Fenced, FenceKeeper, Torn
+from agent.holdings import HoldingsDesk
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.maps import MapDesk
 from agent.passes import PassDesk
@@ -39,8 +40,10 @@ from protocol.errors import ProtocolError
 from protocol.messages import (
     AllowPass,
     AskEvidence,
+    AskHoldings,
     AskPower,
     AskWritten,
+    CleanLeftovers,
     CloseView,
     DescribeHost,
     Done,
@@ -49,6 +52,7 @@ from protocol.messages import (
     Failure,
     FenceDescription,
     FenceVm,
+    ForgetPair,
     HostDescription,
     InspectVm,
     LiftFence,
@@ -64,6 +68,7 @@ from protocol.messages import (
     Protected,
     ProtectedDisk,
     ReadTracking,
+    RememberPair,
     Reply,
     Request,
     RunPass,
@@ -109,6 +114,16 @@ class AgentService:
         self.tracking = TrackingDesk(self.hypervisor, self.fences, self.views, self.config.runtime_dir)
         self.maps = MapDesk(self.config.state_dir, self.fences)
         self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder), self.maps)
+        self.holdings = HoldingsDesk(
+            self.config,
+            SOFTWARE,
+            self.hypervisor,
+            self.fences,
+            self.passes,
+            self.tracking,
+            self.maps,
+            self.evidence.book,
+        )
         self.runner = PassRunner(
             self.passes,
             self.views,
@@ -145,6 +160,8 @@ class AgentService:
                 return await self.threads.on_disk(
                     lambda: sample_disk(self.hypervisor, self.config.runtime_dir, request)
                 )
+            case AskHoldings():
+                return await self.threads.on_libvirt(self.holdings.tell)
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
                 structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
@@ -199,6 +216,13 @@ class AgentService:
             case SetLimits():
                 self.passes.limit(request.order.pair, request.limit_network, request.limit_read)
                 return Done()
+            case RememberPair():
+                await self._blocking(lambda: self.holdings.remember(request))
+                return Done()
+            case CleanLeftovers():
+                return await self.threads.on_libvirt(lambda: self.holdings.clean(request))
+            case ForgetPair():
+                return await self.threads.on_libvirt(lambda: self.holdings.forget(request))
             case _:
                 raise Forbidden(f"this agent does not take the order {type(request).__name__}")
 

@@ -395,6 +395,13 @@ class ViewDesk:
         if opened is not None:
             self.close(vm_uuid, opened.view)
 
+    def close_all_of(self, vm_uuid: str) -> None:
+        """End every view of that VM, those of earlier agent processes too."""
+        self.close_of(vm_uuid)
+        for record in self._ledger.contents.views:
+            if record.vm_uuid == vm_uuid:
+                self.close(vm_uuid, record.view)
+
     def close(self, vm_uuid: str, view: str) -> None:
         """End that view; also one that an earlier agent process left behind."""
         opened = self._open.get(vm_uuid)

@@ -1,4 +1,5 @@
-"""The database file: opening it safely, and transactions. Whatever is SQLite's own stays in this module.
+"""The database file: opening it safely, and transactions. What is SQLite's own stays here, in `coordinator.soundness`
+(what is looked at first) and in `coordinator.upgrades` (tables of earlier versions).
 
 WAL keeps readers (`status`, `watch`) out of the writer's way; ``synchronous=FULL`` makes a commit durable before it is
 acknowledged (I5; https://www.sqlite.org/pragma.html#pragma_synchronous); ``BEGIN IMMEDIATE`` takes the write lock at
@@ -8,8 +9,11 @@ systems do not give (https://www.sqlite.org/wal.html), and their locks cannot be
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,42 +22,10 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
-from coordinator import schema
-from coordinator.errors import DatabaseError
-
-APPLICATION_ID = 0x46426B31
-"""Marks the file as ours (``PRAGMA application_id``): "FBk1"."""
-
-BUSY_TIMEOUT_S = 30.0
-"""How long a transaction waits for another process's; ours last milliseconds."""
-
-# fmt: off
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "9p", "afs", "ceph", "cifs", "coda", "fuse.ceph",
-        "fuse.curlftpfs", "fuse.davfs", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs",
-        "gfs2", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4",
-        "ocfs2", "smb2", "smb3", "smbfs", "vboxsf",
-    }
-)
-# fmt: on
-MOUNTS = Path("/proc/self/mountinfo")
-
-
-def file_system_type(path: Path, mountinfo: str) -> str:
-    """Type of the file system that holds the absolute, resolved `path`, from the text of ``/proc/self/mountinfo``
-    (proc(5)); empty when none is listed. Of mounts on one another the last listed covers the others."""
-    found, depth = "", -1
-    for line in mountinfo.splitlines():
-        before, separator, after = line.partition(" - ")
-        fields = before.split()
-        if not separator or len(fields) < 5:
-            continue
-        # Blanks and backslashes in mount points are written as octal escapes.
-        mount = Path(fields[4].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
-        if path.is_relative_to(mount) and len(mount.parts) >= depth:
-            found, depth = after.split()[0], len(mount.parts)
-    return found
+from coordinator import schema, soundness
+from coordinator.errors import DatabaseError, UsageError
+from coordinator.soundness import APPLICATION_ID, sentence_of
+from coordinator.upgrades import make_tables, upgrade
 
 
 class Database:
@@ -65,70 +37,56 @@ class Database:
 
     @classmethod
     def open(cls, path: Path) -> Database:
-        """Open the database, making it and its folder if they are missing.
+        """Open the database. It is made, with its folder, where there never was one; one that is gone, cut short or
+        damaged is refused and left as it is.
 
         Raises:
-            DatabaseError: a network file system; no permission; not a database, not ours, damaged; made by a newer
-                version (left as it is).
+            DatabaseError: a network file system, one that is full or read-only; no permission; not a database, not
+                ours, damaged, gone; made by a newer version.
         """
-        folder = path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            kind = file_system_type(folder.resolve(), MOUNTS.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DatabaseError(
-                f"the folder {folder} cannot be used: {error.strerror}; make it writable for this user or set state_dir"
-            ) from error
-        if kind in NETWORK_FILE_SYSTEMS:
-            raise DatabaseError(
-                f"the registry {path} would lie on {kind}, a network file system whose locks cannot be trusted: "
-                "set state_dir to a folder on a local disk",
-                file_system=kind,
-            )
-        if path.exists() and not os.access(path, os.R_OK | os.W_OK):
-            raise DatabaseError(
-                f"the registry {path} cannot be read and written by this user: run as its owner or mend its permissions"
-            )
+        soundness.check_place(path)
+        if not soundness.is_there(path):
+            _make(path)
+        version = soundness.look(path)
         database = cls(path, _engine(path))
         try:
-            database._prepare()
+            # A copy made by `backup` has another mode. On the driver's own connection: the mode cannot be changed
+            # inside a transaction, and SQLAlchemy's connections always are in one. It stays with the file.
+            with database._mapped_driver(), closing(database._engine.raw_connection()) as raw:
+                raw.cursor().execute("PRAGMA journal_mode=WAL")
+            if version < schema.VERSION:
+                database._upgrade()
         except BaseException:
             database.close()
             raise
         return database
 
-    def _prepare(self) -> None:
-        with self._mapped():
-            # The application id and the version are read before anything is written.
-            with self.reading() as connection:
-                application = int(connection.exec_driver_sql("PRAGMA application_id").scalar_one())
-                version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-                tables = int(connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one())
-            if tables and application != APPLICATION_ID:
-                raise DatabaseError(f"{self.path} is a database of some other program: set state_dir to another folder")
-            if version > schema.VERSION:
-                raise DatabaseError(
-                    f"the registry {self.path} was made by a newer failback (schema {version}, this one knows "
-                    f"{schema.VERSION}): install that version; nothing was changed",
-                    schema=version,
-                )
-            if tables:
-                self._check_whole()
-            # On the driver's own connection: the journal mode cannot be changed inside a transaction, and SQLAlchemy's
-            # connections always are in one. The mode stays with the file.
-            with self._mapped_driver(), closing(self._engine.raw_connection()) as raw:
-                raw.cursor().execute("PRAGMA journal_mode=WAL")
-            with self.transaction() as connection:
-                if not tables:
-                    schema.metadata.create_all(connection)
-                    connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-                    connection.exec_driver_sql(f"PRAGMA user_version={schema.VERSION}")
+    def _upgrade(self) -> None:
+        with self.transaction() as connection:
+            # Another process may have done it since we looked.
+            version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+            upgrade(connection, version)
+            connection.exec_driver_sql(f"PRAGMA user_version={schema.VERSION}")
 
-    def _check_whole(self) -> None:
-        with self.reading() as connection:
-            answer = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one())
-        if answer != "ok":
-            raise DatabaseError(f"the registry {self.path} is damaged ({answer}): {_RESTORE}")
+    def backup(self, file: Path) -> None:
+        """Write a copy of the database as it is at one instant to `file`, durably, while others go on writing
+        (https://www.sqlite.org/backup.html). The file appears whole or not at all.
+
+        Raises:
+            UsageError: `file` is there already, or cannot be made.
+            DatabaseError: the database cannot be read.
+        """
+        if file.exists() or file.is_symlink():
+            raise UsageError(f"{file} is there already: name another file, an older copy is never overwritten")
+        try:
+            with _part_of(file) as part:
+                with self._mapped_driver(), closing(self._engine.raw_connection()) as raw:
+                    source = raw.driver_connection
+                    assert isinstance(source, sqlite3.Connection)
+                    _copy(source, part)
+                _appear(part, file)
+        except OSError as error:
+            raise UsageError(f"{file} cannot be written: {error.strerror}; name a file where there is room") from error
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -148,41 +106,82 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise DatabaseError(_sentence(self.path, error.orig or error)) from error
+            raise DatabaseError(sentence_of(self.path, error.orig or error)) from error
 
     @contextmanager
     def _mapped_driver(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise DatabaseError(_sentence(self.path, error)) from error
+            raise DatabaseError(sentence_of(self.path, error)) from error
 
     def close(self) -> None:
         """Close the file; harmless when repeated."""
         self._engine.dispose()
 
 
-_RESTORE = "put back a copy of it, or move it away and register the pairs again"
+def _make(path: Path) -> None:
+    """An empty registry, complete from the first moment that it is there: one that is cut short can be told from it."""
+    try:
+        with _part_of(path) as part:
+            database = Database(path, _engine(part))
+            try:
+                with database.transaction() as connection:
+                    make_tables(connection)
+                    connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+                    connection.exec_driver_sql(f"PRAGMA user_version={schema.VERSION}")
+            finally:
+                database.close()
+            with contextlib.suppress(FileExistsError):  # another process was faster, and made the same
+                _appear(part, path)
+    except OSError as error:
+        raise DatabaseError(
+            f"the registry {path} cannot be made: {error.strerror}; make room for it, and its folder writable"
+        ) from error
 
 
-def _sentence(path: Path, error: BaseException) -> str:
-    code = getattr(error, "sqlite_errorcode", None)
-    primary = code & 0xFF if isinstance(code, int) else None
-    match primary:
-        case sqlite3.SQLITE_NOTADB:
-            return f"{path} is not a database: {_RESTORE}"
-        case sqlite3.SQLITE_CORRUPT:
-            return f"the registry {path} is damaged: {_RESTORE}"
-        case sqlite3.SQLITE_READONLY:
-            return f"the registry {path} cannot be written: its file system or folder is read-only; make it writable"
-        case sqlite3.SQLITE_FULL:
-            return f"the registry {path} cannot be written: no room on its file system; free some and repeat"
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return f"the registry {path} is held by another process for {BUSY_TIMEOUT_S:.0f} s: end that one and repeat"
-        case sqlite3.SQLITE_CANTOPEN:
-            return f"the registry {path} cannot be opened: check the permissions of the file and its folder"
-        case _:
-            return f"the registry {path} failed: {error}; check its file system"
+@contextmanager
+def _part_of(file: Path) -> Iterator[Path]:
+    """A file beside `file` that is not its final self yet; gone at the end."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        for end in ("", "-wal", "-shm", "-journal"):
+            Path(f"{name}{end}").unlink(missing_ok=True)
+
+
+def _appear(part: Path, file: Path) -> None:
+    """Give the file its name, durably, and never in another one's place."""
+    for place in (part, part.parent):
+        descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+            if place == part:
+                _name(part, file)
+        finally:
+            os.close(descriptor)
+
+
+def _name(part: Path, file: Path) -> None:
+    try:
+        os.link(part, file)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        part.rename(file)  # a file system without hard links
+
+
+def _copy(source: sqlite3.Connection, file: Path) -> None:
+    with closing(sqlite3.connect(file)) as target:
+        try:
+            source.backup(target)
+            target.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
 
 
 def _engine(path: Path) -> Engine:
@@ -191,7 +190,7 @@ def _engine(path: Path) -> Engine:
         poolclass=QueuePool,
         pool_size=1,
         max_overflow=0,
-        connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_S},
+        connect_args={"check_same_thread": False, "timeout": soundness.BUSY_TIMEOUT_S},
     )
 
     @event.listens_for(engine, "connect")
@@ -199,6 +198,7 @@ def _engine(path: Path) -> Engine:
         connection.isolation_level = None  # we say BEGIN ourselves, see below
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA recursive_triggers=ON")  # so that REPLACE cannot remove an entry either
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:

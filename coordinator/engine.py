@@ -17,16 +17,17 @@ from coordinator import journal, registry
 from coordinator.audit import AuditState, audit_status, failback_words
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, JournalEntry
-from coordinator.errors import CoordinatorError, ExitCode, NeedsOperator
+from coordinator.errors import CoordinatorError, DatabaseError, ExitCode, NeedsOperator
 from coordinator.events import Outcome, StateChanged
-from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, State
+from coordinator.holding import held
+from coordinator.model import Newest, OnFailure, OperatorCall, OriginalFlag, Pair, State
 from coordinator.reports import closing_report
 from coordinator.serving import Serving
 from coordinator.stepping import Interrupted, Stepper, exits_of, is_ours_no_more
 from coordinator.steps_check import AUDIT_STEP
 from coordinator.steps_commit import COMMIT_STEPS
 from coordinator.steps_round import all_rounds
-from coordinator.steps_switch import SWITCH_STEPS
+from coordinator.steps_switch import SWITCH_STEPS, ReplicaOff
 from coordinator.steps_sync import SYNC_STEPS
 from coordinator.switching import ReturnedToService, Switching
 
@@ -73,6 +74,8 @@ class Engine:
                 await self.take_back(State.CANCELLING, "cancelled by the administrator")
             except ReturnedToService:
                 continue
+            except DatabaseError as error:
+                raise self._unwritten(error) from error
             except CoordinatorError as error:
                 if is_ours_no_more(error):
                     raise
@@ -83,7 +86,10 @@ class Engine:
 
     async def _switch(self) -> None:
         await self._switching.work()
-        await self.move(State.FAILBACK, change=self._original_is_newest)
+        reason = "the original was proven equal to the replica's final view, and is in use"
+        if not self._context.options.power_on:
+            reason = "the original was proven equal to the replica's final view, and may be powered on"
+        await self.move(State.FAILBACK, reason=reason, change=self._original_is_newest)
 
     def _audit_is_due(self) -> bool:
         """Once for each process; one that differed before is repeated where somebody asks for it."""
@@ -119,7 +125,8 @@ class Engine:
             if step.undo_sentence and context.log.stands(step.name):
                 await self._stepper.take_back(step)
         outcome = OUTCOMES[context.pair.state]
-        await self.move(State.FAILOVER, outcome=outcome, change=self._replica_is_newest)
+        reason = f"{outcome}: the replica holds the newest data and is as it was"
+        await self.move(State.FAILOVER, reason=reason, outcome=outcome, change=self._replica_is_newest)
 
     # --- journal --------------------------------------------------------------------------------------------------
 
@@ -165,9 +172,26 @@ class Engine:
             registry.set_flag(connection, context.pair.name, context.epoch, OriginalFlag())
             registry.set_original_autostart(connection, context.pair.name, context.epoch, None)
 
-        await self.move(State.READY, outcome="committed", change=change)
+        reason = "committed: the original is in use, the replica stands by"
+        await self.move(State.READY, reason=reason, outcome="committed", change=change)
 
     # --- failures -------------------------------------------------------------------------------------------------
+
+    def _unwritten(self, error: DatabaseError) -> DatabaseError:
+        """Nothing is done any more that the journal cannot say: the run stops here, and the journal, once it can be
+        written, is compared with reality. Nor is anything taken back: that would have to be journalled as well."""
+        context = self._context
+        name, state = context.pair.name, context.pair.state
+        served = ""
+        if state in (State.SWITCHING, State.ROLLING_BACK, State.UNDOING) and context.log.stands(ReplicaOff.name):
+            served = ", and nobody may be served until then"
+        return DatabaseError(
+            f"the run of {name} stopped in {state.value}, for its journal comes before everything it does: "
+            f"{error.sentence}; then `failback resume {name}` goes on{served}",
+            code=error.code,
+            pair=name,
+            state=state.value,
+        )
 
     async def _after_failure(self, error: CoordinatorError) -> bool:
         """What follows a failure in the present state; True: the engine goes on in another state."""
@@ -177,6 +201,10 @@ class Engine:
         if state is State.FAILBACK:
             return False  # the audit alone failed: the failback stands
         if state is State.SWITCHING and not context.past_no_return:
+            if context.options.on_failure is OnFailure.HOLD and context.log.stands(ReplicaOff.name):
+                call = await held(context, error)
+                await self.move(State.NEEDS_OPERATOR, reason=call.sentence, operator=call)
+                return False
             await self.take_back(State.ROLLING_BACK, error.sentence)
             return True
         if isinstance(error, NeedsOperator) or state is State.SWITCHING:

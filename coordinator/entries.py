@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from coordinator.model import RunOptions
 
+JOURNAL_FORMAT = 2
+"""What step names, records and options of a run mean. Raised when a run's journal says something that an earlier
+version would misread: 1, from before there was `RunOptions.on_failure`; 2. A run of a higher one is left to its
+version."""
+
 
 class EntryKind(enum.Enum):
     """What an entry of the journal says."""
@@ -57,7 +62,8 @@ class JournalEntry:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """One failback of one pair. `outcome`: None while unfinished, else ``committed``, ``undone``, ``cancelled`` or
-    ``rolled-back``."""
+    ``rolled-back``. `software`: the version that began it (empty: from before that was kept), with the `format` of
+    its journal (see `JOURNAL_FORMAT`)."""
 
     id: str
     pair: str
@@ -67,6 +73,8 @@ class RunRecord:
     ended_s: float | None
     outcome: str | None
     reason: str
+    software: str = ""
+    format: int = JOURNAL_FORMAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

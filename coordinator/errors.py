@@ -52,6 +52,13 @@ class Refused(CoordinatorError):
     exit_code = ExitCode.REFUSED
 
 
+class NewerRun(CoordinatorError):
+    """The run was begun by a newer version, whose journal this one cannot understand; nothing was changed."""
+
+    code = "newer-run"
+    exit_code = ExitCode.REFUSED
+
+
 class PairBusy(CoordinatorError):
     """Another process is working on the pair's run."""
 

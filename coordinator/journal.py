@@ -12,10 +12,10 @@ from dataclasses import replace
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from coordinator import schema
-from coordinator.entries import EntryKind, JournalEntry, Phase, Request, RunRecord
+from coordinator.entries import JOURNAL_FORMAT, EntryKind, JournalEntry, Phase, Request, RunRecord
 from coordinator.errors import UsageError
 from coordinator.model import RunOptions
-from coordinator.plain import from_json, to_json
+from coordinator.plain import from_json, one_of, to_json
 from coordinator.progress import Progress
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -33,6 +33,8 @@ def create_run(connection: Connection, run: RunRecord) -> None:
             ended_s=run.ended_s,
             outcome=run.outcome,
             reason=run.reason,
+            software=run.software,
+            format=run.format,
         )
     )
 
@@ -196,12 +198,15 @@ def _run(row: Row[tuple[object, ...]]) -> RunRecord:
     return RunRecord(
         id=row.id,
         pair=row.pair,
-        options=from_json(row.options, RunOptions),
+        # What a newer version wrote there is not for us to read, but its run must be seen to be refused by name.
+        options=from_json(row.options, RunOptions) if row.format <= JOURNAL_FORMAT else RunOptions(),
         actor=row.actor,
         started_s=row.started_s,
         ended_s=row.ended_s,
         outcome=row.outcome,
         reason=row.reason,
+        software=row.software,
+        format=row.format,
     )
 
 
@@ -212,8 +217,8 @@ def _entry(row: Row[tuple[object, ...]]) -> JournalEntry:
         run=row.run,
         epoch=row.epoch,
         at_s=row.at_s,
-        kind=EntryKind(row.kind),
-        phase=Phase(row.phase),
+        kind=one_of(EntryKind, row.kind),
+        phase=one_of(Phase, row.phase),
         step=row.step,
         actor=row.actor,
         sentence=row.sentence,

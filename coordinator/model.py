@@ -154,6 +154,13 @@ class SwitchPolicy(enum.Enum):
     MANUAL = "manual"  # when a person says so: `failback switch`
 
 
+class OnFailure(enum.Enum):
+    """What follows a failure after the replica went off and before the point of no return."""
+
+    ROLLBACK = "rollback"  # put the replica back into service; the run ends
+    HOLD = "hold"  # leave everything as it is and wait for a person, in *Needs operator*
+
+
 class LateEvidence(enum.Enum):
     """What to do where evidence falls a rung after the replica went off and the new prediction exceeds the agreed
     downtime."""
@@ -175,6 +182,7 @@ class RunOptions:
         freeze_guest: freeze the guest's file systems for the instant of the first view.
         verify_full: read both sides' storage whole before the original may start.
         audit: read the frozen replica whole after the switchover and compare it with what the original started from.
+        on_failure: roll a failed switchover back, or wait for a person.
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
     """
 
@@ -195,6 +203,7 @@ class RunOptions:
     verify_full: bool = False
     audit: bool = True
     discard_divergence: bool = False
+    on_failure: OnFailure = OnFailure.ROLLBACK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ import cattrs
 from coordinator.errors import DatabaseError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=enum.Enum)
 _CONVERTER = cattrs.Converter()
 
 
@@ -27,5 +29,17 @@ def from_json(text: str, kind: type[T]) -> T:
         return _CONVERTER.structure(json.loads(text), kind)
     except (ValueError, cattrs.BaseValidationError) as error:
         raise DatabaseError(
-            f"the registry holds a {kind.__name__} that cannot be read: it was written by another version or is damaged"
+            f"the registry holds a {kind.__name__} that cannot be read: it was written by another version or is "
+            "damaged; install that version, or put back a copy of the registry (docs/JOURNAL.md)"
+        ) from error
+
+
+def one_of(kind: type[E], word: str) -> E:
+    """The word of that enum; raises `DatabaseError` when it is none."""
+    try:
+        return kind(word)
+    except ValueError as error:
+        raise DatabaseError(
+            f"the registry holds the {kind.__name__} {word!r}, which is none: it was written by another version or is "
+            "damaged; install that version, or put back a copy of the registry (docs/JOURNAL.md)"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.findings import Case
-from coordinator.model import RunOptions, ShutdownPolicy, SwitchPolicy
+from coordinator.model import OnFailure, RunOptions, ShutdownPolicy, SwitchPolicy
 from coordinator.timing import LATEST_S, moment
 from protocol.messages import Power, Side, Tracking
 
@@ -101,5 +101,6 @@ def _until_then(options: RunOptions) -> str:
 
 def _shutdown(options: RunOptions) -> str:
     force = options.shutdown_policy is ShutdownPolicy.FORCE
-    late = "it is powered off by force" if force else "it stays on and the run rolls back"
+    fails = "rolls back" if options.on_failure is OnFailure.ROLLBACK else "waits for you (--on-failure hold)"
+    late = "it is powered off by force" if force else f"it stays on and the run {fails}"
     return f"within {options.shutdown_timeout_s:.0f} s, otherwise {late}"

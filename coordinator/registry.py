@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from coordinator import schema
 from coordinator.errors import CoordinatorError, ExitCode, UsageError
 from coordinator.model import DiskPair, Newest, OperatorCall, OriginalFlag, Pair, State, VmRef
-from coordinator.plain import from_json, to_json
+from coordinator.plain import from_json, one_of, to_json
 from coordinator.states import check_move
 from protocol.messages import HostDescription
 
@@ -154,8 +154,8 @@ def _pair(row: Row[tuple[object, ...]]) -> Pair:
         replica=from_json(row.replica, VmRef),
         disks=from_json(row.disks, tuple[DiskPair, ...]),
         excluded=from_json(row.excluded, tuple[str, ...]),
-        state=State(row.state),
-        newest=Newest(row.newest),
+        state=one_of(State, row.state),
+        newest=one_of(Newest, row.newest),
         flag=OriginalFlag(condition=row.condition, view=row.condition_view),
         epoch=row.epoch,
         run=row.run,

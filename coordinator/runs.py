@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,19 +14,23 @@ import trio
 from coordinator import journal, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
 from coordinator.audit_wait import end_audit, have_audit
+from coordinator.called_off import check_word
 from coordinator.clock import Clock, SystemClock, Tokens, system_tokens
 from coordinator.config import Config
 from coordinator.context import RunContext
 from coordinator.database import Database
+from coordinator.duties import DutifulAgents, owed
 from coordinator.engine import Engine
 from coordinator.entries import JournalEntry, RunRecord
 from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
 from coordinator.findings import Findings
+from coordinator.health import Doctor
 from coordinator.hooks import Hooks
 from coordinator.limits import LimitsOutcome
 from coordinator.lookup import look_up_pair, prove_failover
 from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
+from coordinator.pair_memory import remember_pair, seen_epoch
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
@@ -81,12 +86,14 @@ class Coordinator:
         self._agents: AgentDirectory | None = agents
         self._stack = AsyncExitStack()
         self._store: Store | None = None
+        self._owes = False  # whether an original must be fenced at the first contact with its host
 
     async def __aenter__(self) -> Self:
         """Open the database (made if missing)."""
         database = await trio.to_thread.run_sync(Database.open, self.config.database)
         self._stack.callback(database.close)
         self._store = self._make_store(database)
+        self._owes = bool(await self._store.read(owed))
         if self._given_agents is None:
             self._agents = await self._stack.enter_async_context(open_agents(self.config))
         return self
@@ -108,13 +115,17 @@ class Coordinator:
 
         Raises:
             UsageError: a name, VM or disk that cannot be; `Refused`: `in_failover` was said and is not so;
-                `WrongState`: a run of the known pair is under way or not final.
+                `WrongState`: a run of the known pair is under way or not final, or its agents know it already.
         """
         pair = await look_up_pair(self.agents, request)
+        if all(known.name != pair.name for known in await self.list_pairs()):
+            pair = replace(pair, epoch=await seen_epoch(self.agents, pair))
         author = self._author()
-        return await self._db.write(
+        made = await self._db.write(
             lambda connection: takeover.register(connection, pair, author, in_failover=request.in_failover)
         )
+        await remember_pair(self.agents, made)
+        return made
 
     async def record_failover(self, pair: str) -> Pair:
         """Ready → Failover, after proving the original off and the replica on. Harmless when repeated.
@@ -318,19 +329,37 @@ class Coordinator:
             self, self._db, pair, lambda: self._work(pair, Verb.COMMIT, observer, None, restore_point)
         )
 
-    async def undo(self, pair: str, *, observer: Observer = unobserved) -> Outcome:
+    async def undo(self, pair: str, *, observer: Observer = unobserved, original_is_off: str | None = None) -> Outcome:
         """Failback (or after the point of no return, Needs operator) → Failover: the replica serves again.
 
-        Harmless when repeated.
+        Harmless when repeated. `original_is_off`: a person's word, with the production host's name, that the original
+        is off though that host cannot prove it; it is fenced there at the first contact.
+
+        Raises:
+            UsageError: another host was named; `Refused`: that host answers, so that the word is not needed or wrong.
         """
-        done = await self._already(await self.get_pair(pair), State.FAILOVER, "undone")
-        return done or await end_audit(self, self._db, pair, lambda: self._work(pair, Verb.UNDO, observer, None))
+        found = await self.get_pair(pair)
+        done = await self._already(found, State.FAILOVER, "undone")
+        if done is not None:
+            return done
+        if original_is_off is not None:
+            check_verb(found, Verb.UNDO)
+            await check_word(self.agents, found, original_is_off)
+            self._owes = True
+        called_off = original_is_off is not None
+        return await end_audit(
+            self, self._db, pair, lambda: self._work(pair, Verb.UNDO, observer, None, called_off=called_off)
+        )
 
     async def forecast_undo(self, pair: str) -> UndoForecast:
         """How long the original has run since the switchover: what undo would leave behind."""
         found = await self.get_pair(pair)
         check_verb(found, Verb.UNDO)
         return forecast(found, RunLog(await self.history(pair, found.run)), self.clock.wall_s())
+
+    async def backup(self, file: Path) -> None:
+        """Copy registry and journal to a new file, as they are at one instant; see `Database.backup`."""
+        await self._db.backup(file)
 
     # --- looking ------------------------------------------------------------------------------------------------
 
@@ -363,9 +392,15 @@ class Coordinator:
     def agents(self) -> AgentDirectory:
         """How agents are reached; what `plan` asks through."""
         assert self._agents is not None, "use the coordinator as an async context manager"
+        if self._owes:
+            return DutifulAgents(self._agents, self._db, self.clock, self.actor)
         return self._agents
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def doctor(self) -> Doctor:
+        """Looks at registry, agents and libvirt together, and clears up."""
+        return Doctor(self.config, self._db, self.agents, self.clock, self._author())
 
     @property
     def _db(self) -> Store:
@@ -382,12 +417,16 @@ class Coordinator:
         observer: Observer,
         stop: trio.Event | None,
         restore_point: RestorePoint | None = None,
+        *,
+        called_off: bool = False,
     ) -> Outcome:
         check_verb(await self.get_pair(pair), verb)
         author = self._author()
         with pair_lock(self.config.state_dir, pair):
             taken = await self._db.write(
-                lambda connection: takeover.take_over(connection, pair, verb, author, restore_point)
+                lambda connection: takeover.take_over(
+                    connection, pair, verb, author, restore_point, called_off=called_off
+                )
             )
             context = RunContext(
                 pair=taken.pair,

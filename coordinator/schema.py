@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
 
-VERSION = 1
-"""Raised by every change to the tables; a database of a higher one is never opened."""
+VERSION = 2
+"""Raised by every change to the tables; a database of a higher one is never opened, one of a lower one is brought up
+to it (`coordinator.upgrades`)."""
 
 metadata = MetaData()
 
@@ -48,6 +49,8 @@ runs = Table(
     Column("ended_s", Float),
     Column("outcome", String(32)),
     Column("reason", Text, nullable=False),
+    Column("software", Text, nullable=False, server_default=""),  # that began it; empty: from before this was kept
+    Column("format", Integer, nullable=False, server_default="1"),  # `coordinator.entries.JOURNAL_FORMAT` of that
 )
 
 journal = Table(
@@ -79,6 +82,18 @@ requests = Table(
     Column("asked_s", Float, nullable=False),
     Column("claimed", Boolean, nullable=False),
     Column("answer", Text),
+)
+
+duties = Table(
+    "duties",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("pair", ForeignKey("pairs.name"), nullable=False),
+    Column("run", String(64), nullable=False),
+    Column("vm", Text, nullable=False),  # VmRef as JSON: the original that must be fenced before anything else
+    Column("targets", Text, nullable=False),  # list of its disks as JSON
+    Column("actor", Text, nullable=False),
+    Column("said_s", Float, nullable=False),
 )
 
 progress = Table(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from coordinator import journal, registry, rounds
+from coordinator import duties, journal, registry, rounds
 from coordinator.audit import AuditStatus, audit_status
+from coordinator.context import LIFT_ORIGINAL_FENCE
 from coordinator.entries import EntryKind, Phase
 from coordinator.limits import in_force
 from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
@@ -42,6 +43,7 @@ class PairStatus:
         prediction: the latest one of the run: while the replica serves, what the switchover would cost; later, what was
             expected when it began. `expected_s`: its sum.
         waiting: what a run that could switch waits for; None while it does not.
+        owed: what must be done at the first contact with a host before anything else there, a sentence each.
         outcome, reason: how the run ended (see `coordinator.entries.RunRecord`); None and empty while it has not.
     """
 
@@ -70,6 +72,7 @@ class PairStatus:
     prediction: Prediction | None = None
     expected_s: float | None = None
     waiting: str | None = None
+    owed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         expected_s=None if prediction is None else prediction.total_s,
         waiting=_waiting(log) if pair.state in SERVING else None,
         operator=pair.operator,
+        owed=tuple(duty.sentence for duty in duties.owed(connection, name)),
         limits=in_force(run, log) if run is not None else RunLimits(),
         audit=audit,
         outcome=run.outcome if run is not None else None,
@@ -154,6 +158,11 @@ def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:
     """What undoing this run would leave behind."""
     begun = next((e for e in log.of_step("original_on") if e.kind is EntryKind.INTENT), None)
     name = pair.original.name
+    if not log.intended(LIFT_ORIGINAL_FENCE):
+        return UndoForecast(
+            original_ran_s=None,
+            sentence=f"this run has not released the original {name}: it is fenced, and nobody has used it since",
+        )
     if begun is None:
         return UndoForecast(
             original_ran_s=None,

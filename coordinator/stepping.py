@@ -12,7 +12,7 @@ from coordinator.context import RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, NeedsOperator
 from coordinator.events import StepDone, StepFailed, StepStarted
-from coordinator.model import State
+from coordinator.model import OnFailure, State
 from coordinator.records import Record
 from coordinator.registry import Superseded
 from coordinator.steps import Finding, Step, Verdict
@@ -156,7 +156,8 @@ class Stepper:
     async def answer_in_switchover(self) -> None:
         """Inside the switchover: answer, do not obey."""
         context = self._context
-        sentence = f"{context.pair.name} is in the switchover, which ends in Failback or rolls back by itself"
+        fails = "rolls back by itself" if context.options.on_failure is OnFailure.ROLLBACK else "waits for a person"
+        sentence = f"{context.pair.name} is in the switchover, which ends in Failback or {fails}"
         await context.store.write(
             lambda connection: journal.answer_all(
                 connection, context.pair.name, context.run.id, sentence, verb="cancel"

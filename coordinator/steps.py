@@ -63,6 +63,7 @@ class Step(ABC):
         sentence: what it does, for people, in the imperative; `undo_sentence` for its taking back.
         lasts_until: what the step sets up holds only in the hands of the process that did it: a later process does it
             again unless the step named here is done.
+        harmless: of a step that is begun again without a probe: why doing it twice is as good as once.
         interruptible: may be broken off half-way by stop or cancel.
         of_switchover: belongs to one switchover: where the replica came back into service, the next one does it anew.
     """
@@ -71,6 +72,7 @@ class Step(ABC):
     sentence: str
     undo_sentence: str = ""
     lasts_until: str | None = None
+    harmless: str = ""
     interruptible: bool = False
     of_switchover: bool = False
 

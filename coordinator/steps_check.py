@@ -32,6 +32,7 @@ def final_view(context: RunContext) -> str:
 class VerifyFull(Step):
     """Both sides' storage, read whole."""
 
+    harmless = "it reads and compares, and changes nothing"
     name = "verify_full"
     sentence = "verify in full: read both sides' storage whole and compare"
     lasts_until = LIFT_ORIGINAL_FENCE
@@ -86,6 +87,7 @@ async def require_untouched(context: RunContext, view: str) -> None:
 class RememberMaps(Step):
     """The seeds of the original's digest maps, which stand for what it starts from."""
 
+    harmless = "it asks and changes nothing"
     name = "remember_maps"
     sentence = "note which digest maps the audit can rely on"
     of_switchover = True
@@ -118,6 +120,7 @@ class RememberMaps(Step):
 class Audit(Step):
     """The frozen replica, read whole, against the digest map of what the original started from."""
 
+    harmless = "it reads and compares, and changes nothing"
     name = AUDIT
     sentence = "audit: read the frozen replica whole and compare it with what the original started from"
     undo_sentence = "close the view of the audit"
@@ -164,6 +167,7 @@ class Audit(Step):
 class EndAudit(Step):
     """What an audit that was broken off left open."""
 
+    harmless = "a view that is closed already is no error"
     name = "end_audit"
     sentence = "close the view of the audit that was not completed"
 

@@ -20,6 +20,7 @@ RESTORE_POINT = "restore_point"
 class DropRestorePoint(Step):
     """The protective snapshot goes, unless it stays as a restore point."""
 
+    harmless = "a snapshot that is gone already is no error"
     name = "drop_restore_point"
     sentence = "drop the protective snapshot of the replica"
 
@@ -39,6 +40,7 @@ class DropRestorePoint(Step):
 class ForgetRecords(Step):
     """Nothing that the run recorded stays in the replica; it is still off and fenced."""
 
+    harmless = "what is gone already is no error"
     name = "end_tracking"
     sentence = "forget what was recorded of the replica's writes"
 
@@ -55,6 +57,7 @@ class ForgetRecords(Step):
 class ReleaseReplica(Step):
     """The replica is a replica again."""
 
+    harmless = "a fence that is lifted already stays so"
     name = "release_replica"
     sentence = "lift the fence of the replica, restore its autostart"
 
@@ -75,6 +78,7 @@ class ReleaseReplica(Step):
 class ResumeReplication(Step):
     """The administrator's executables that start replication again."""
 
+    harmless = "the executables must bear being run again"
     name = "resume_replication"
     sentence = "resume replication of the pair"
 

@@ -16,6 +16,7 @@ from protocol.messages import DiskTracking, Done, DropCheckpoints, ReadTracking,
 class ReadRecords(SwitchStep):
     """What the replica's disks recorded until it went off: how much is left to copy, and whether that is proven."""
 
+    harmless = "it asks and changes nothing"
     name = READ_TRACKING
     sentence = "read what the replica wrote since the last view"
     undo_sentence = "forget what was recorded of the replica's writes"
@@ -58,6 +59,7 @@ class ReadRecords(SwitchStep):
 class DropLastCheckpoints(SwitchStep):
     """libvirt refuses the snapshot of a domain that has checkpoints; the bitmaps stay in the images."""
 
+    harmless = "what is gone already is no error"
     name = "drop_checkpoints"
     sentence = "drop the replica's checkpoints, keep what they recorded"
 

@@ -20,6 +20,7 @@ def ordinal(number: int) -> str:
 class ViewStep(Step):
     """A frozen view of the replica's disks."""
 
+    harmless = "views of earlier attempts are closed first, and each attempt has a name of its own"
     number: int
 
     def number_in(self, context: RunContext) -> int:
@@ -117,6 +118,7 @@ class OpenRoundView(ViewStep):
 class RoundPass(Step):
     """Make the original equal the view, while the replica serves."""
 
+    harmless = "each attempt is a pass of its own and compares anew; agents end one of a lower epoch"
     interruptible = True
 
     def __init__(self, number: int) -> None:
@@ -134,6 +136,7 @@ class RoundPass(Step):
 class CloseRoundView(Step):
     """End the view and remove its scratch files."""
 
+    harmless = "a view that is closed already is no error"
     sentence = "close the view"
 
     def __init__(self, number: int) -> None:
@@ -148,6 +151,7 @@ class CloseRoundView(Step):
 class DropCheckpointsOfRound(Step):
     """The target has durably recorded the view it equals now: what was recorded since earlier ones is not needed."""
 
+    harmless = "it names what stays; what is gone already is no error"
     sentence = "drop the records that nobody needs any more"
 
     def __init__(self, number: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from coordinator import rounds
 from coordinator.agents import ask
+from coordinator.called_off import go_on_by_word
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
-from coordinator.errors import AgentRefused, HostUnreachable, is_silent
+from coordinator.errors import STALE_EPOCH, AgentRefused, HostUnreachable, is_silent
 from coordinator.model import ShutdownPolicy
 from coordinator.passes import run_pass
 from coordinator.records import (
@@ -65,24 +66,20 @@ async def hold_original(context: RunContext) -> bool:
 
     Returns False where its host does not answer and need not: before the point of no return the fence that this run
     took was never lifted (its autostart is off, its agent takes the locks again when it starts), nothing of ours can
-    start it, and people wait for the replica.
+    start it, and people wait for the replica. After it, only where a person has called the original off.
 
     Raises:
         NeedsOperator: it may run.
     """
-    host, name = context.target.host, context.pair.name
+    name = context.pair.name
     try:
         await prove_off(context, Side.ORIGINAL)
         await take_fence(context, Side.ORIGINAL)
     except (HostUnreachable, AgentRefused) as error:
-        if not is_silent(error):
+        if error.code == STALE_EPOCH or not (context.past_no_return or is_silent(error)):
             raise
         if context.past_no_return:
-            raise operator_needed(
-                f"the replica stays off: {host} cannot prove that the original is off and fenced "
-                f"({error.sentence}); bring {host} back, then `failback resume {name}`",
-                "resume",
-            ) from error
+            await go_on_by_word(context, error)
         return False
     except StepFailed as error:
         raise operator_needed(
@@ -153,7 +150,8 @@ class ReplicaOff(SwitchStep):
             return Nothing()
         if not await hold_original(context):
             host = context.target.host
-            await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
+            if not context.past_no_return:
+                await context.notice(f"the original on {host} is fenced by this run; its host does not answer now")
         await ask(context.source, PowerOn(order=context.order, vm_uuid=context.pair.replica.uuid), Done)
         return Nothing()
 
@@ -161,6 +159,7 @@ class ReplicaOff(SwitchStep):
 class ProveReplicaOff(SwitchStep):
     """Off, and nobody else holds its images."""
 
+    harmless = "it asks and changes nothing"
     name = "prove_replica_off"
     sentence = "prove that the replica is off"
     lasts_until = LIFT_ORIGINAL_FENCE
@@ -174,6 +173,7 @@ class ProveReplicaOff(SwitchStep):
 class FenceReplica(SwitchStep):
     """From here to commit or undo the replica cannot start, and nobody writes to its disks."""
 
+    harmless = "a fence that stands stays, with the autostart of before"
     name = "fence_replica"
     sentence = "fence the replica: autostart off, images locked"
     undo_sentence = "lift the fence of the replica"
@@ -194,6 +194,7 @@ class FenceReplica(SwitchStep):
 class ProtectReplica(SwitchStep):
     """The protective snapshot."""
 
+    harmless = "the snapshot of this run's name is taken once"
     name = "protect_replica"
     sentence = "take the protective snapshot of the replica"
     undo_sentence = "drop the protective snapshot of the replica"
@@ -248,6 +249,7 @@ class OpenLastView(SwitchStep, ViewStep):
 class LastPass(SwitchStep):
     """The last-minute changes."""
 
+    harmless = "each attempt is a pass of its own and compares anew; agents end one of a lower epoch"
     name = rounds.LAST_PASS
     sentence = "last pass: copy the last-minute changes"
 
@@ -261,6 +263,7 @@ class LastPass(SwitchStep):
 class CloseLastView(SwitchStep):
     """Nothing reads the replica any more."""
 
+    harmless = "a view that is closed already is no error"
     name = "close_last_view"
     sentence = "close the final view"
 
@@ -272,6 +275,7 @@ class CloseLastView(SwitchStep):
 class Verify(SwitchStep):
     """The last moment before the point of no return: is everything proven?"""
 
+    harmless = "it asks, and takes fences that stand already"
     name = "verify"
     sentence = "verify that the original equals the replica's final view"
     lasts_until = LIFT_ORIGINAL_FENCE
@@ -322,20 +326,17 @@ class LiftOriginalFence(SwitchStep):
 
     async def undo(self, context: RunContext) -> Record:
         """Off, fenced; whole as its own guest left it, if it was ever out of our hands."""
-        host, name = context.target.host, context.pair.name
         try:
             await power_off(context, Side.ORIGINAL, OnTimeout.FORCE)
             before = (await inspect(context, Side.ORIGINAL)).fence
             fence = await take_fence(context, Side.ORIGINAL)
             condition, _ = await settle_flag(context, before, fence)
         except (HostUnreachable, AgentRefused) as error:
-            if not is_silent(error):
+            if error.code == STALE_EPOCH:
                 raise
-            raise operator_needed(
-                f"the replica stays off: {host} cannot prove that the original is off and fenced ({error.sentence}); "
-                f"bring {host} back, then `failback resume {name}`",
-                "resume",
-            ) from error
+            await go_on_by_word(context, error)
+            await context.set_flag(Condition.INTACT)  # as its own guest left it, as far as anybody can know
+            return Nothing()
         return fence_record(fence, condition)
 
 

@@ -6,10 +6,12 @@ from sqlalchemy import Connection
 
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
+from coordinator.called_off import ORIGINAL_IS_OFF, counts
 from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
-from coordinator.errors import AgentRefused, CoordinatorError, HostUnreachable, is_silent
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
+from coordinator.pair_memory import remember_pair
 from coordinator.plain import from_json
 from coordinator.records import (
     DiskSizes,
@@ -70,13 +72,14 @@ OPERATOR_SAID_GO_ON = "operator_said_go_on"
 class Survey(Step):
     """Who the agents are, what both VMs do, how large their disks are."""
 
+    harmless = "it asks and changes nothing"
     name = SURVEY
     sentence = "look at both VMs and their hosts"
     lasts_until = "verify"
     of_switchover = True  # what was seen inside one, the replica off, is not so once it is back in service
 
     async def do(self, context: RunContext) -> SurveyRecord:
-        """Ask both sides; nothing is changed but the registry's memory of the hosts."""
+        """Ask both sides; nothing is changed but the registry's memory of the hosts, and theirs of the pair."""
         hosts: list[HostDescription] = []
         for agent in (context.target, context.source):
             hosts.append(await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S))
@@ -87,6 +90,7 @@ class Survey(Step):
                 registry.see_host(connection, host, at_s)
 
         await context.store.write(remember)
+        await remember_pair(context.directory, context.pair, context.run.id)
         original, replica = await inspect(context, Side.ORIGINAL), await inspect(context, Side.REPLICA)
         self._ask_if_it_stopped(context, replica.power)
         return SurveyRecord(
@@ -165,6 +169,7 @@ class HoldReplication(Step):
     """The administrator's executables that stop whatever copies the original over the replica. Not taken back by
     anything but a commit: resumed replication would copy a torn original over the serving replica."""
 
+    harmless = "the executables must bear being run again"
     name = "hold_replication"
     sentence = "put replication of the pair on hold"
 
@@ -238,6 +243,7 @@ async def found_off(context: RunContext, side: Side) -> Finding:
 class FenceOriginal(Step):
     """Autostart off and image locks, held by the agent."""
 
+    harmless = "a fence that stands stays, with the autostart of before"
     name = "fence_original"
     sentence = "fence the original: autostart off, images locked"
     undo_sentence = "release the original if it is whole, keep it fenced if it is torn"
@@ -269,8 +275,10 @@ class FenceOriginal(Step):
                 )
                 return ReleaseRecord(kept=False, condition=condition.value, why="whole")
         except (HostUnreachable, AgentRefused) as error:
-            if not is_silent(error):
+            if not is_silent(error) and (error.code == STALE_EPOCH or not await counts(context, error)):
                 raise
+            if context.log.notes(ORIGINAL_IS_OFF):
+                return ReleaseRecord(kept=False, condition=context.pair.flag.condition, why="called off, fenced later")
             await context.notice(f"the fence of the original stays as it is: {error.sentence}")
             return ReleaseRecord(kept=True, condition=context.pair.flag.condition, why="host unreachable")
         await context.notice(f"the original on {host} is torn and stays fenced until a run verifies it")
@@ -281,6 +289,7 @@ class ClearTracking(Step):
     """From the first view on, what the replica writes is recorded. Nothing of ours may be there before, and nothing
     stays when the run is taken back."""
 
+    harmless = "what is gone already is no error"
     name = TRACKING
     sentence = "clear what earlier runs recorded of the replica's writes"
     undo_sentence = "forget what was recorded of the replica's writes"

@@ -4,6 +4,7 @@ await."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import trio
@@ -48,6 +49,10 @@ class Store:
                 return work(connection)
 
         return await self._call(call)
+
+    async def backup(self, file: Path) -> None:
+        """Copy the database to that file; see `Database.backup`."""
+        await self._call(lambda: self._database.backup(file))
 
     async def _call(self, call: Callable[[], T]) -> T:
         if self._inline:

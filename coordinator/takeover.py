@@ -8,8 +8,9 @@ from sqlalchemy import Connection
 
 from coordinator import journal, registry
 from coordinator.audit import AuditState, audit_status, check_commit
-from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
-from coordinator.errors import WrongState
+from coordinator.called_off import ORIGINAL_IS_OFF, owe
+from coordinator.entries import JOURNAL_FORMAT, EntryKind, JournalEntry, Phase, RunRecord
+from coordinator.errors import NewerRun, WrongState
 from coordinator.limits import LIMITS, VERB, LimitsChange, read_limits
 from coordinator.mapping import mapping_words, revised
 from coordinator.model import Newest, Pair, Rate, RestorePoint, RunOptions, State
@@ -20,9 +21,29 @@ from coordinator.states import Verb, check_verb
 from coordinator.steps_commit import RESTORE_POINT
 from coordinator.steps_sync import OPERATOR_SAID_GO_ON
 from coordinator.timing import SWITCH, Trigger, moment, order_in_force
+from coordinator.version import SOFTWARE
 
 TAKES_BACK = {Verb.UNDO: State.UNDOING, Verb.CANCEL: State.CANCELLING}
 REASONS = {Verb.UNDO: "undone by the administrator", Verb.CANCEL: "cancelled by the administrator"}
+COMMITTED = "committed by the administrator"
+
+
+TAKEN_OVER = "taken_over"
+"""Name of the note that a process has the run now: who, with which version, for which verb."""
+RESUMED = "resumed by the administrator"
+
+
+def check_format(run: RunRecord, pair: str) -> None:
+    """Raise `NewerRun` where a newer version began the run and its journal would be misread."""
+    if run.format > JOURNAL_FORMAT:
+        raise NewerRun(
+            f"the run {run.id} of {pair} was begun by {run.software or 'a newer failback'} (journal format "
+            f"{run.format}, {SOFTWARE} knows {JOURNAL_FORMAT}): go on with that version or a newer one; nothing was "
+            "changed",
+            pair=pair,
+            run=run.id,
+            format=run.format,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +129,12 @@ def start(connection: Connection, name: str, run: str, options: RunOptions, auth
         ended_s=None,
         outcome=None,
         reason="",
+        software=SOFTWARE,
     )
     journal.create_run(connection, record)
     registry.set_run(connection, name, epoch, run)
     pair = registry.move(connection, name, epoch, State.SYNCING)
-    note(connection, pair, author, EntryKind.STATE, State.SYNCING.value)
+    note(connection, pair, author, EntryKind.STATE, State.SYNCING.value, sentence=f"started with {SOFTWARE}")
 
 
 def record_failover(connection: Connection, name: str, author: Author) -> Pair:
@@ -138,6 +160,7 @@ def change_limits(
     pair = registry.get_pair(connection, name)
     check_verb(pair, Verb.LIMIT)
     run = pair.run or ""
+    check_format(journal.get_run(connection, run), name)
     limits = read_limits(connection, run).changed(network, read)
     note(connection, pair, author, EntryKind.NOTE, LIMITS, sentence=f"limits: {limits.words}", record=limits)
     request = journal.ask(connection, pair=name, run=run, verb=VERB, actor=author.actor, at_s=author.at_s)
@@ -156,7 +179,9 @@ def order_switch(connection: Connection, name: str, author: Author, at_s: float 
     check_verb(pair, Verb.SWITCH)
     run = pair.run or ""
     log = RunLog(journal.entries(connection, name, run))
-    now = order_in_force(journal.get_run(connection, run).options, log)
+    record = journal.get_run(connection, run)
+    check_format(record, name)
+    now = order_in_force(record.options, log)
     repeated = now.trigger is (Trigger.NOW if at_s is None else Trigger.AT) and now.at_s == at_s and not now.used
     if not repeated:
         sentence = "switch now" if at_s is None else f"switch at {moment(at_s)}"
@@ -166,9 +191,16 @@ def order_switch(connection: Connection, name: str, author: Author, at_s: float 
 
 
 def take_over(
-    connection: Connection, name: str, verb: Verb, author: Author, restore_point: RestorePoint | None = None
+    connection: Connection,
+    name: str,
+    verb: Verb,
+    author: Author,
+    restore_point: RestorePoint | None = None,
+    *,
+    called_off: bool = False,
 ) -> Taken:
-    """Take the pair's run over for `verb` (resume, cancel, commit, undo), under a new epoch.
+    """Take the pair's run over for `verb` (resume, cancel, commit, undo), under a new epoch. `called_off`: a person
+    says that the original is off, which its host cannot prove.
 
     Raises:
         WrongState: the pair's state does not allow the verb.
@@ -178,11 +210,16 @@ def take_over(
     check_verb(pair, verb)
     if pair.run is None:
         raise WrongState(f"{name} has no run: `failback start {name}` begins one", pair=name)
+    check_format(journal.get_run(connection, pair.run), name)
     before = pair
     skipped = verb is Verb.COMMIT and _commits_without_audit(connection, pair)
     epoch = registry.raise_epoch(connection, name)
     pair = registry.get_pair(connection, name)
     to = _destination(before, verb)
+    sentence = f"{SOFTWARE} works on the run, under epoch {epoch}"
+    if verb is not Verb.RESUME:
+        sentence += f", to {verb.value} it"
+    note(connection, pair, author, EntryKind.NOTE, TAKEN_OVER, sentence=sentence)
     if verb is Verb.COMMIT:
         record = RestorePointRecord(restore_point=restore_point or RestorePoint.KEEP)
         sentence = f"the protective snapshot: {record.restore_point.value}"
@@ -191,9 +228,13 @@ def take_over(
         note(connection, pair, author, EntryKind.NOTE, "", sentence="committed without waiting for the audit")
     if before.state is State.NEEDS_OPERATOR:
         note(connection, pair, author, EntryKind.NOTE, OPERATOR_SAID_GO_ON, sentence=f"{verb.value} by {author.actor}")
+    if called_off:
+        sentence = owe(connection, pair, author.actor, author.at_s)
+        note(connection, pair, author, EntryKind.NOTE, ORIGINAL_IS_OFF, sentence=sentence)
     if to is not None:
         pair = registry.move(connection, name, epoch, to)
-        note(connection, pair, author, EntryKind.STATE, to.value, sentence=REASONS.get(verb, ""))
+        reason = REASONS.get(verb, COMMITTED if verb is Verb.COMMIT else RESUMED)
+        note(connection, pair, author, EntryKind.STATE, to.value, sentence=reason)
     if verb in REASONS:
         journal.set_reason(connection, pair.run or "", REASONS[verb])
     return Taken(

@@ -17,10 +17,14 @@ from typing import Any, NoReturn
 import click
 
 from coordinator.cli import (
+    adopt,
+    backup,
     cancel,
     commit,
     completion,
+    doctor,
     failover,
+    forget,
     history,
     limit,
     pairs,
@@ -212,6 +216,10 @@ for verb in (
     limit,
     pairs,
     history,
+    backup,
+    doctor,
+    adopt,
+    forget,
     pki,
     completion,
 ):

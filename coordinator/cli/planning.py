@@ -10,7 +10,7 @@ import click
 
 from coordinator.cli.parameters import DURATION_S, RATE, SWITCH_WHEN
 from coordinator.errors import Refused
-from coordinator.model import LateEvidence, Plan, Rate, RunLimits, RunOptions, ShutdownPolicy, SwitchPolicy
+from coordinator.model import LateEvidence, OnFailure, Plan, Rate, RunLimits, RunOptions, ShutdownPolicy, SwitchPolicy
 from coordinator.plan import make_plan
 from coordinator.runs import Coordinator
 from coordinator.switch_order import check_switch_time
@@ -80,6 +80,14 @@ _OPTIONS = (
         "much longer than expected: put it back into service, or go on.",
     ),
     click.option(
+        "--on-failure",
+        type=click.Choice([policy.value for policy in OnFailure]),
+        default=OnFailure.ROLLBACK.value,
+        show_default=True,
+        help="If the switchover fails after the replica went off and before the original may start: put the replica "
+        "back into service, or leave everything off and wait for you to look.",
+    ),
+    click.option(
         "--track",
         type=click.Choice(sorted(TRACKING)),
         default="auto",
@@ -142,6 +150,7 @@ def chosen_options(
     max_downtime_s: float | None,
     background_s: float,
     late_evidence: str,
+    on_failure: str,
     track: str,
     freeze_guest: bool,
     audit: bool,
@@ -168,6 +177,7 @@ def chosen_options(
         max_downtime_s=max_downtime_s,
         background_s=background_s,
         late_evidence=LateEvidence(late_evidence),
+        on_failure=OnFailure(on_failure),
         track=TRACKING[track],
         freeze_guest=freeze_guest,
         verify_full=verify == "full",

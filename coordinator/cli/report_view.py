@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from rich.text import Text
 
@@ -145,6 +146,7 @@ def show_status(output: Output, status: PairStatus) -> None:
         rows.append(("Audit", status.audit.sentence))
     if status.operator is not None:
         rows.append(("Operator", status.operator.sentence))
+    rows += [("Owed", sentence) for sentence in status.owed]
     output.show(facts(rows))
     if status.progress is not None:
         output.show(bars(status.progress))
@@ -275,10 +277,11 @@ STYLES = {EntryKind.DONE: "green", EntryKind.FAILED: "bold red", EntryKind.STATE
 
 
 def show_history(output: Output, entries: Sequence[JournalEntry]) -> None:
-    """The journal for a person: a heading per run, a line per entry."""
+    """The journal for a person: a heading per run, a line per entry; a step's intent and its result are one line where
+    nothing came between them."""
     run: str | None = None
     rows = None
-    for entry in entries:
+    for entry in _folded(entries):
         if rows is None or entry.run != run:
             if rows is not None:
                 output.show(rows)
@@ -297,6 +300,25 @@ def show_history(output: Output, entries: Sequence[JournalEntry]) -> None:
         output.say("Nothing is written in the journal yet.")
     else:
         output.show(rows)
+
+
+def _folded(entries: Sequence[JournalEntry]) -> Iterator[JournalEntry]:
+    """The entries, but for intents that the next entry says were carried out: that one has their sentence and time."""
+    intent: JournalEntry | None = None
+    for entry in entries:
+        if intent is not None:
+            same = (entry.run, entry.step, entry.phase) == (intent.run, intent.step, intent.phase)
+            if same and entry.kind is EntryKind.DONE and entry.actor == intent.actor and not entry.sentence:
+                words = f"taking back: {intent.sentence}" if intent.phase is Phase.UNDO else intent.sentence
+                yield replace(entry, at_s=intent.at_s, sentence=words, step="")
+                intent = None
+                continue
+            yield intent
+        intent = entry if entry.kind is EntryKind.INTENT else None
+        if intent is None:
+            yield entry
+    if intent is not None:
+        yield intent
 
 
 def _entry_words(entry: JournalEntry) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import click
 
 from coordinator.cli.parameters import PAIR
@@ -9,31 +11,46 @@ from coordinator.cli.session import Session
 from coordinator.cli.start import Declined
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, work_here
-from coordinator.events import Outcome
+from coordinator.events import Observer, Outcome
 from coordinator.runs import Coordinator
 
 
 @verb("undo", "Take a failback back.")
 @click.argument("pair", type=PAIR)
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--original-is-off",
+    metavar="HOST",
+    help="You made sure yourself that the original is off, and stays off: its host, named here, cannot be asked.",
+)
 @click.pass_obj
-def command(session: Session, pair: str, yes: bool) -> int:
+def command(session: Session, pair: str, yes: bool, original_is_off: str | None) -> int:
     """Take the failback of PAIR back: the original goes off, the replica serves again with exactly its own data.
 
     Says how long the original ran; what it wrote since then stays behind on its disks. Then asks.
 
+    Where the production host is gone, nobody can prove that the original is off, and the replica stays off too. Only
+    you can say so then, with --original-is-off and that host's name: the journal keeps your word, and the original is
+    powered off and fenced at the first contact with its host.
+
     \b
     Example:
       failback undo web1
+      failback undo web1 --original-is-off prod1
     """
     forecast = session.run(lambda coordinator: coordinator.forecast_undo(pair))
     session.output.say(f"{forecast.sentence[:1].upper()}{forecast.sentence[1:]}.")
+    if original_is_off is not None:
+        session.output.say(
+            f"Nobody but you proves that the original is off: if it runs on {original_is_off}, both VMs will be in use."
+        )
     if not session.confirm(f"Undo the failback of {pair}?", yes=yes, action="undo"):
         raise Declined("not undone, nothing was touched", pair=pair)
 
+    def _undo(coordinator: Coordinator, observer: Observer) -> Awaitable[Outcome]:
+        return coordinator.undo(pair, observer=observer, original_is_off=original_is_off)
+
     async def undoing(coordinator: Coordinator) -> Outcome:
-        return await work_here(
-            session, pair, coordinator, lambda observer, _stop: coordinator.undo(pair, observer=observer)
-        )
+        return await work_here(session, pair, coordinator, lambda observer, _stop: _undo(coordinator, observer))
 
     return close(session, "undo", session.run(undoing), forecast=forecast)

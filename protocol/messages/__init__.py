@@ -23,6 +23,25 @@ from protocol.messages.bulk import (
     ZeroRanges,
 )
 from protocol.messages.handshake import BulkHello, BulkWelcome, Goodbye, Hello, Welcome
+from protocol.messages.health import (
+    AskHoldings,
+    Cleaned,
+    CleanLeftovers,
+    ForgetPair,
+    HeldCondition,
+    HeldDisk,
+    HeldFence,
+    HeldPair,
+    HeldPass,
+    HeldServer,
+    Holdings,
+    MappedDisk,
+    PairMap,
+    RememberPair,
+    Remnant,
+    RemnantKind,
+    VmName,
+)
 from protocol.messages.orders import (
     AskWritten,
     Cancel,
@@ -96,7 +115,7 @@ from protocol.messages.words import (
 PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
-Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping
+Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -113,6 +132,9 @@ OrderRequest = (
     | AllowPass
     | RunPass
     | SetLimits
+    | RememberPair
+    | CleanLeftovers
+    | ForgetPair
 )
 Request = Question | OrderRequest
 Reply = (
@@ -129,6 +151,8 @@ Reply = (
     | TrackingRead
     | Protected
     | PassReport
+    | Holdings
+    | Cleaned
 )
 ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
 
@@ -151,6 +175,7 @@ __all__ = [
     "PROTOCOL_VERSIONS",
     "AllowPass",
     "AskEvidence",
+    "AskHoldings",
     "AskPower",
     "AskWritten",
     "BlockData",
@@ -160,6 +185,8 @@ __all__ = [
     "BulkWelcome",
     "ByteRange",
     "Cancel",
+    "CleanLeftovers",
+    "Cleaned",
     "CloseView",
     "Codec",
     "CompareSpan",
@@ -180,18 +207,28 @@ __all__ = [
     "Failure",
     "FenceDescription",
     "FenceVm",
+    "ForgetPair",
     "Goodbye",
     "Grant",
     "GrantedDisk",
+    "HeldCondition",
+    "HeldDisk",
+    "HeldFence",
+    "HeldPair",
+    "HeldPass",
+    "HeldServer",
     "Hello",
+    "Holdings",
     "HostDescription",
     "ImageDescription",
     "InspectVm",
     "LiftFence",
+    "MappedDisk",
     "OnTimeout",
     "OpenView",
     "Order",
     "OrderRequest",
+    "PairMap",
     "PassFailed",
     "PassKind",
     "PassProgress",
@@ -209,6 +246,9 @@ __all__ = [
     "ProtectedDisk",
     "Question",
     "ReadTracking",
+    "RememberPair",
+    "Remnant",
+    "RemnantKind",
     "Reply",
     "Request",
     "Role",
@@ -228,6 +268,7 @@ __all__ = [
     "ViewSince",
     "ViewedDisk",
     "VmDescription",
+    "VmName",
     "Welcome",
     "ZeroRanges",
 ]

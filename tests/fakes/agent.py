@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import trio
 
@@ -18,8 +19,11 @@ from coordinator.errors import AgentRefused, HostUnreachable
 from protocol.messages import (
     AllowPass,
     AskEvidence,
+    AskHoldings,
     AskPower,
     AskWritten,
+    Cleaned,
+    CleanLeftovers,
     CloseView,
     Condition,
     DescribeHost,
@@ -33,7 +37,12 @@ from protocol.messages import (
     Evidence,
     FenceDescription,
     FenceVm,
+    ForgetPair,
     Grant,
+    HeldCondition,
+    HeldFence,
+    HeldPair,
+    Holdings,
     HostDescription,
     ImageDescription,
     InspectVm,
@@ -55,6 +64,9 @@ from protocol.messages import (
     Protected,
     ProtectedDisk,
     ReadTracking,
+    RememberPair,
+    Remnant,
+    RemnantKind,
     Reply,
     Request,
     RunPass,
@@ -116,6 +128,22 @@ class FakeVm:
         return self.power is Power.OFF
 
 
+def _held_fence(vm: FakeVm, fence: FakeFence) -> HeldFence:
+    return HeldFence(
+        vm_uuid=vm.uuid,
+        vm=vm.name,
+        power=vm.power,
+        pair=fence.pair,
+        run=fence.run,
+        side=fence.side,
+        since_s=0.0,
+        autostart_before=fence.autostart_before,
+        autostart=vm.autostart,
+        locked=fence.targets,
+        unlocked=(),
+    )
+
+
 Fault = Callable[[str, Request, str], None]
 """Called with host, request and ``before``, ``midway`` (of a pass) or ``after``; raises what should go wrong there."""
 
@@ -139,7 +167,9 @@ class World:
         self.pass_s = 1.0
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
+        self.obeyed: dict[str, str] = {}  # the pair whose orders each host has taken
         self.fault: Fault = no_fault
+        self.away: set[str] = set()  # hosts that nobody can reach
         self.orders: list[tuple[str, Request]] = []
         self.frozen: Content | None = None  # the replica's disks since a run powered it off (I3)
         self.last_words: Content = {}  # the newest data when the replica went off
@@ -149,6 +179,8 @@ class World:
         self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
         self.maps = FakeMaps()
         self.samples = FakeSamples()
+        self.told: dict[tuple[str, Side], tuple[str, RememberPair]] = {}  # what each host was told of its pair
+        self.remnants: dict[str, tuple[Remnant, ...]] = {}  # what runs left, by host
         self.pass_hold: trio.Event | None = None  # passes wait for it, so that a test can act in the middle
 
     # --- what tests look at ---------------------------------------------------------------------------------------
@@ -203,12 +235,16 @@ class World:
     # --- orders ---------------------------------------------------------------------------------------------------
 
     async def handle(self, host: str, request: Request, on_progress: ProgressCallback | None) -> Reply:
+        if host in self.away:
+            raise unreachable(host)
         if isinstance(request, OrderRequest):
             seen = self.epochs.get(host, 0)
             if request.order.epoch < seen:
                 raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
             self.epochs[host] = request.order.epoch
-            self.orders.append((host, request))
+            self.obeyed[host] = request.order.pair
+            if not isinstance(request, RememberPair):  # it touches nothing but the agent's memory
+                self.orders.append((host, request))
         match request:
             case Ping():
                 return Pong()
@@ -219,6 +255,16 @@ class World:
             case AskPower():
                 vm = self.vm(request.vm_uuid, host)
                 return PowerAnswer(power=vm.power, images_free=not vm.held, holders=vm.held)
+            case AskHoldings():
+                return self.holdings(host)
+            case RememberPair():
+                self.told[host, request.side] = request.order.pair, request
+                return Done()
+            case CleanLeftovers() | ForgetPair():
+                gone = tuple(f"{left.kind.value} {left.name}" for left in self.remnants.pop(host, ()))
+                if isinstance(request, ForgetPair):
+                    self.told = {key: told for key, told in self.told.items() if key[0] != host}
+                return Cleaned(removed=gone, kept=())
             case AllowPass():
                 self.grants[host, request.grant.grant] = request.grant
                 self._check_grant(request.grant)
@@ -247,6 +293,54 @@ class World:
                 raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
+
+    def holdings(self, host: str) -> Holdings:
+        """What the agent of that host holds."""
+        vms = [vm for vm in (self.original, self.replica) if vm.host == host]
+        pairs = tuple(
+            HeldPair(
+                pair=pair,
+                epoch=self.epochs.get(host, 0),
+                run=next((vm.fence.run for vm in vms if vm.fence is not None), told.order.run),
+                side=side,
+                mapping=told.mapping,
+            )
+            for (at, side), (pair, told) in self.told.items()
+            if at == host
+        )
+        if not pairs and host in self.obeyed:
+            bare = HeldPair(pair=self.obeyed[host], epoch=self.epochs.get(host, 0), run="", side=None, mapping=None)
+            pairs = (bare,)
+        views = tuple(
+            Remnant(kind=RemnantKind.VIEW, vm_uuid=vm.uuid, name=name, recorded=True, in_use=True, removable=True)
+            for vm in vms
+            if vm is self.replica
+            for name in self.views
+        )
+        snapshots = tuple(
+            Remnant(kind=RemnantKind.SNAPSHOT, vm_uuid=vm.uuid, name=name, recorded=True, in_use=True, removable=False)
+            for vm in vms
+            for name in vm.snapshots
+        )
+        return Holdings(
+            host=host,
+            software=f"failback {version('failback')}",
+            pairs=pairs,
+            fences=tuple(_held_fence(vm, vm.fence) for vm in vms if vm.fence is not None),
+            conditions=tuple(
+                HeldCondition(vm_uuid=vm.uuid, condition=vm.condition, view=vm.view)
+                for vm in vms
+                if vm.condition is not None
+            ),
+            disks=(),
+            passes=(),
+            remnants=(*views, *snapshots, *self.remnants.get(host, ())),
+            servers=(),
+            certificate_ends_s=0.0,
+            state_free_bytes=1 << 40,
+            problems=(),
+            left_off=0,
+        )
 
     def _obey(self, vm: FakeVm, request: OrderRequest) -> Reply:
         match request:

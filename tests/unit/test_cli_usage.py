@@ -27,7 +27,8 @@ def failback(tmp_path: Path) -> Command:
 
 def test_every_verb_the_product_promises_is_there() -> None:
     promised = (
-        "register failover plan start status watch commit undo cancel resume switch limit pairs history pki completion"
+        "register failover plan start status watch commit undo cancel resume switch limit pairs history backup doctor "
+        "adopt forget pki completion"
     )
     assert set(VERBS) == set(promised.split())
 

@@ -12,10 +12,10 @@ import pytest
 
 from coordinator import registry
 from coordinator.errors import AgentRefused
-from coordinator.model import Newest, Pair, RestorePoint, RunLimits, RunOptions, ShutdownPolicy, State
+from coordinator.model import Newest, OnFailure, Pair, RestorePoint, RunLimits, RunOptions, ShutdownPolicy, State
 from coordinator.runs import Coordinator
 from coordinator.states import TABLE, Verb, allowed_verbs
-from protocol.messages import Condition, Power, Request, RunPass
+from protocol.messages import Condition, Power, Protect, Request, RunPass
 from tests.fakes.agent import World
 from tests.unit.coordinator_house import PAIR, CrashPlan, House
 
@@ -33,6 +33,11 @@ async def commit(coordinator: Coordinator) -> object:
 
 async def undo(coordinator: Coordinator) -> object:
     return await coordinator.undo(PAIR)
+
+
+async def undo_by_word(coordinator: Coordinator) -> object:
+    """The production host is gone, with the original on it."""
+    return await coordinator.undo(PAIR, original_is_off="prod")
 
 
 async def cancel(coordinator: Coordinator) -> object:
@@ -73,6 +78,11 @@ async def prepared(folder: Path, *before: Act, world: World | None = None, optio
 
 def pair_of(house: House) -> Pair:
     return house.read(lambda connection: registry.get_pair(connection, PAIR))
+
+
+def is_fenced(house: House) -> bool:
+    """Whether the original is."""
+    return house.world.original.fence is not None
 
 
 def check_end(house: House) -> None:
@@ -218,3 +228,71 @@ async def test_killed_after_the_point_of_no_return_undo_is_for_a_person_who_was_
                 await undo(coordinator)
             check_end(house)
     assert asked > 10
+
+
+async def test_killed_anywhere_in_an_undo_by_word_the_replica_serves_and_the_original_is_fenced_at_first_contact(
+    memory_folder: Path,
+) -> None:
+    start = await prepared(memory_folder / "start", run)
+    start.world.original.power = Power.OFF  # its host has lost its power
+    start.world.away.add("prod")
+    left: list[House] = []
+    whole = start.twin(memory_folder / "whole")
+    plan = CrashPlan(look=lambda place: left.append(whole.twin(memory_folder / str(place))))
+    assert not await whole.dies(plan, undo_by_word)
+    assert len(left) > 20
+    for number, house in enumerate((*left, whole)):
+        for _ in range(3):
+            pair = pair_of(house)
+            if pair.state is State.FAILOVER:
+                break
+            async with house.process() as coordinator:
+                if TABLE[pair.state].unfinished:
+                    await resume(coordinator)
+                else:  # killed before the word was written
+                    await undo_by_word(coordinator)
+        assert not house.world.replica.is_off
+        assert not is_fenced(house)
+        house.world.away.clear()
+        if number % 3 == 0:  # killed again, while what is owed is done
+            await house.dies(CrashPlan(2 + number // 3 % 9), lambda coordinator: coordinator.findings(PAIR))
+        async with house.process() as coordinator:
+            await coordinator.findings(PAIR)
+            assert not (await coordinator.pair_status(PAIR)).owed
+        assert is_fenced(house)
+        house.world.check()
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, RunOptions(audit=False))
+            assert (await coordinator.execute_run(PAIR)).state is State.FAILBACK
+
+
+@pytest.mark.parametrize("verb", [Verb.RESUME, Verb.UNDO])
+async def test_killed_anywhere_around_a_switchover_that_is_held_the_pair_comes_to_rest(
+    memory_folder: Path, verb: Verb
+) -> None:
+    start = await prepared(memory_folder / "start", options=RunOptions(on_failure=OnFailure.HOLD))
+
+    async def held(coordinator: Coordinator) -> object:
+        world = coordinator.agents
+        assert isinstance(world, World)
+        whole = world.fault
+
+        def broken(host: str, request: Request, moment: str) -> None:
+            whole(host, request, moment)
+            if isinstance(request, Protect) and moment == "before":
+                raise AgentRefused("no room; free some", code="hypervisor")
+
+        world.fault = broken
+        return await coordinator.execute_run(PAIR)
+
+    left: list[House] = []
+    whole = start.twin(memory_folder / "whole")
+    plan = CrashPlan(look=lambda place: left.append(whole.twin(memory_folder / str(place))))
+    assert not await whole.dies(plan, held)
+    assert pair_of(whole).state is State.NEEDS_OPERATOR
+    ends = set()
+    for house in (*left[len(left) // 2 :: 3], whole):
+        await finish(house, verb)
+        check_end(house)
+        ends.add(pair_of(house).state)
+    assert ends == ({State.FAILBACK} if verb is Verb.RESUME else {State.FAILBACK, State.FAILOVER})

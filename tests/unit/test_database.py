@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, select
 
-from coordinator import database as module
 from coordinator import schema
-from coordinator.database import Database, file_system_type
+from coordinator import soundness as module
+from coordinator.database import Database
 from coordinator.errors import DatabaseError
+from coordinator.soundness import file_system_type
 
 MOUNTINFO = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw

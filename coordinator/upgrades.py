@@ -1,0 +1,49 @@
+"""Making the tables, and bringing those of an earlier version up to this one: the other part of what is SQLite's own.
+
+A version's changes are one transaction of `coordinator.database`: after a crash the file is of the old version or the
+new. What was written before is never changed: new columns have defaults, new tables are empty.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, text
+
+from coordinator import schema
+
+TRIGGERS = tuple(
+    f"CREATE TRIGGER IF NOT EXISTS journal_without_{change} BEFORE {change} ON journal "
+    "BEGIN SELECT RAISE(ABORT, 'the journal is only ever added to'); END"
+    for change in ("UPDATE", "DELETE")
+)
+"""Entries cannot be changed or removed, by whatever program has the file open
+(https://www.sqlite.org/lang_createtrigger.html). With ``recursive_triggers`` that holds for REPLACE as well."""
+
+UPGRADES = {
+    1: (
+        "ALTER TABLE runs ADD COLUMN software TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE runs ADD COLUMN format INTEGER NOT NULL DEFAULT 1",
+    ),
+}
+"""What leads from that version to the next, before tables that are new are made."""
+
+
+def make_tables(connection: Connection) -> None:
+    """Everything, in an empty database."""
+    schema.metadata.create_all(connection)
+    for trigger in TRIGGERS:
+        connection.execute(text(trigger))
+
+
+def upgrade(connection: Connection, version: int) -> None:
+    """Bring the tables of that version up to the present one."""
+    for step in range(version, schema.VERSION):
+        for statement in UPGRADES[step]:
+            connection.execute(text(statement))
+    make_tables(connection)
+
+
+def missing_tables(connection: Connection, version: int) -> list[str]:
+    """Tables that a database of that version must have and this one has not."""
+    found = {str(name) for (name,) in connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'table'"))}
+    new = {"duties"} if version < 2 else set()
+    return sorted(set(schema.metadata.tables) - new - found)
