@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import time
 from dataclasses import dataclass, field
 
@@ -12,10 +13,9 @@ from tests.faults.boundaries import Boundary, Way
 from tests.faults.faults import Fault
 from tests.faults.rig import Rig
 from tests.faults.verbs import Verb
-from tests.lab.private_host import HostError
 
-START = ("start", "--yes", "--foreground", "--power-on", "--discard-divergence", "--shutdown-timeout", "10s")
-START += ("--late-evidence", "proceed")
+START: tuple[str, ...] = ("start", "--yes", "--foreground", "--power-on", "--discard-divergence")
+START += ("--shutdown-timeout", "10s", "--late-evidence", "proceed")
 RESTING = frozenset({"Failover", "Failback", "Ready"})
 MOST_ATTEMPTS = 6
 VERB_S = 90.0
@@ -56,7 +56,7 @@ def run_cell(rig: Rig, cell: Cell) -> Outcome:
     outcome = Outcome(cell)
     try:
         _strike_and_recover(rig, cell, outcome)
-    except (AssertionError, HostError) as error:
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     finally:
         rig.watch.excused = False

@@ -7,6 +7,7 @@ a link comes back. What only a person can do is part of the recovery (`tests.fau
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -21,7 +22,9 @@ from tests.lab.site import LabVm
 
 AWAY_S = 2.0
 """How long what is only gone for a while is gone."""
-REPLICA_IS_OFF = ("replica_off", "lift_original_fence")
+ALTERED_OFFSET, ALTERED_BYTES = 5 << 20, 4096
+REFUSED = 3
+"""Exit code of the command."""
 FIRST_OF_SWITCHOVER = "replica_off"
 
 
@@ -31,11 +34,13 @@ class Fault(ABC):
     Attributes:
         name: a word for the command line; `words`: for people.
         ends_verb: the verb ends with it.
+        leaves_damage: the pair's images are not for another cell.
     """
 
     name: str
     words: str
     ends_verb = False
+    leaves_damage = False
 
     def applies(self, boundary: Boundary) -> bool:
         """Whether it means anything there."""
@@ -148,7 +153,7 @@ class KillQemu(Fault):
     """The QEMU of whichever VM of the pair runs."""
 
     name = "kill-qemu"
-    words = "kill -9 of the QEMU that runs, the replica's or the original's"
+    words = "kill -9 of the QEMU that runs, the replica's or the original's; of every qemu-nbd where neither runs"
 
     def strike(self, rig: Rig, verb: Verb) -> str:
         """As a power cut would end it."""
@@ -157,7 +162,12 @@ class KillQemu(Fault):
                 vm.host.kill_qemu(vm.name)
                 rig.wait_until(lambda vm=vm: not rig.runs(vm), f"{vm.name} does not die")  # type: ignore[misc]
                 return f"the {'replica' if vm is rig.pair.replica else 'original'} died"
-        return "neither ran"
+        killed = 0
+        for host in (rig.site.production, rig.site.dr):
+            servers = host.run(["pgrep", "-x", "qemu-nbd"]).stdout.split()
+            host.run(["kill", "-KILL", *servers])
+            killed += len(servers)
+        return f"neither ran; {killed} qemu-nbd killed"
 
 
 class StartByHand(Fault):
@@ -208,6 +218,106 @@ class PauseGuest(Fault):
         replica.host.run(["virsh", "-c", "qemu:///system", "resume", replica.name])
 
 
+class SecondCoordinator(Fault):
+    """Somebody resumes the run that a process works on."""
+
+    name = "second-coordinator"
+    words = "a second coordinator resumes the run while the first one stands still"
+
+    def strike(self, rig: Rig, verb: Verb) -> str:
+        """Refused."""
+        second = rig.verbs.run("resume", "--foreground", rig.pair.name)
+        assert second.code == REFUSED, f"`failback resume` ended with {second.code}: {second.sentence()}"
+        return f"refused: “{second.sentence()}”"
+
+
+class NoMoreBytes(Fault):
+    """Every write of a process to a file fails for a while (RLIMIT_FSIZE), those to disks and to its own state."""
+
+    def __init__(self, role: str, agent: Callable[[Rig], AgentProcess]) -> None:
+        self.name = f"unwritable-{role}"
+        self.words = f"every write of the {role} agent to any file fails for {AWAY_S:.0f} s (EFBIG)"
+        self._agent = agent
+
+    def strike(self, rig: Rig, verb: Verb) -> str:
+        """What it starts from now on can write no more than it."""
+        _limit_files(self._agent(rig).pid, 0)
+        return ""
+
+    def mend(self, rig: Rig) -> None:
+        """There is room again; an agent that could not even write its log and ended is started again."""
+        _pass_time()
+        agent = self._agent(rig)
+        if agent.running:
+            _limit_files(agent.pid, resource.RLIM_INFINITY)
+        else:
+            agent.start()
+
+
+class UnwritableJournal(Fault):
+    """Every write of the coordinator fails from here on."""
+
+    name = "unwritable-journal"
+    words = "the journal cannot be written any more by the process that works on the run (EFBIG)"
+
+    def strike(self, rig: Rig, verb: Verb) -> str:
+        """As a full disk does; the next process finds room."""
+        _limit_files(verb.pid, 0)
+        return ""
+
+
+class AlterOriginal(Fault):
+    """The original's storage does not hold any more what was written to it."""
+
+    name = "altered-original"
+    words = "a block of the original's disk changes under the target agent, its times as before"
+    PLACES = ("close_view:1", "replica_off", "open_last_view", "last_pass")
+    leaves_damage = True
+
+    def applies(self, boundary: Boundary) -> bool:
+        """Until the storage has been read whole (--verify full)."""
+        before = boundary.step == "verify_full" and boundary.side == "before"
+        return boundary.way is Way.RUN and (boundary.step in self.PLACES or before)
+
+    def strike(self, rig: Rig, verb: Verb) -> str:
+        """Behind everybody's back."""
+        raw = rig.pair.original.disks[1].path
+        times = raw.stat()
+        with raw.open("r+b") as file:
+            file.seek(ALTERED_OFFSET)
+            before = file.read(ALTERED_BYTES)
+            file.seek(ALTERED_OFFSET)
+            file.write(bytes(byte ^ 0xFF for byte in before))
+        os.utime(raw, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return ""
+
+
+class LoseBitmaps(Fault):
+    """What recorded the replica's writes is deleted by hand."""
+
+    name = "lost-bitmaps"
+    words = "the replica's checkpoints and their bitmaps are deleted by hand (virsh checkpoint-delete)"
+    PLACES = ("pass:1", "close_view:1", "drop_checkpoints:1", "replica_off")
+
+    def applies(self, boundary: Boundary) -> bool:
+        """While the replica serves, and something is recorded."""
+        return boundary.step in self.PLACES and boundary.way is Way.RUN
+
+    def strike(self, rig: Rig, verb: Verb) -> str:
+        """A backup job that uses them does not let go of them."""
+        replica = rig.pair.replica
+        names = replica.host.virsh("checkpoint-list", replica.name, "--name").split()
+        gone = 0
+        for name in names:
+            done = replica.host.run(["virsh", "-c", "qemu:///system", "checkpoint-delete", replica.name, name])
+            gone += done.returncode == 0
+        return f"{gone} of {len(names)} deleted"
+
+
+def _limit_files(pid: int, size_bytes: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
+
+
 def _pass_time() -> None:
     """What is gone for a while is gone for that long."""
     threading.Event().wait(AWAY_S)
@@ -243,5 +353,11 @@ FAULTS: tuple[Fault, ...] = (
     StartByHand("original", lambda rig: rig.pair.original),
     StartByHand("replica", lambda rig: rig.pair.replica),
     PauseGuest(),
+    SecondCoordinator(),
+    UnwritableJournal(),
+    NoMoreBytes("source", _source),
+    NoMoreBytes("target", _target),
+    AlterOriginal(),
+    LoseBitmaps(),
 )
 """In the order of docs/FAULTS.md."""

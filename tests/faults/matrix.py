@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.faults.boundaries import Boundary, Way, boundaries
 from tests.faults.cells import START, Cell, Outcome, run_cell
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.rig import Rig
-from tests.lab.private_host import HostError
 
-EVERYWHERE = ("kill-coordinator", "kill-source-agent", "kill-target-agent")
-"""Faults that strike on both sides of every step, on every way."""
-OF_RUN = ("kill-qemu",)
-"""Faults that strike on both sides of every step of a run."""
+ON_EVERY_WAY = ("kill-source-agent", "kill-target-agent")
+BOTH_WAYS = ("start-original", "start-replica")
+BOTH_SIDES = ("altered-original", "lost-bitmaps")
+EVERY_STEP = ("kill-qemu", "kill-source-libvirtd", "kill-target-libvirtd", "unwritable-journal", "deaf-guest")
+WEIGHTY: tuple[str, ...] = (
+    "fence_original",
+    "open_view:1",
+    "pass:1",
+    "replica_off",
+    "protect_replica",
+    "last_pass",
+    "verify",
+)
+WEIGHTY += ("lift_original_fence", "original_on", "audit")
+"""Where an agent that is away for a while, or a second coordinator, hurts most."""
 
 
 def cells() -> tuple[Cell, ...]:
@@ -22,12 +33,20 @@ def cells() -> tuple[Cell, ...]:
 
 
 def _places(fault: Fault) -> tuple[Boundary, ...]:
-    if fault.name in EVERYWHERE:
+    """The coordinator dies on both sides of every step, on every way. To an agent the two sides of a step that is not
+    of the run are the same instant but for the journal, and what comes back by itself strikes between a step's intent
+    and its act, where most is at stake."""
+    if fault.name == "kill-coordinator":
         return boundaries()
-    if fault.name in OF_RUN:
-        return boundaries(Way.RUN)
-    # What comes back by itself strikes between a step's intent and its act, where most is at stake.
-    return tuple(place for place in boundaries(Way.RUN, Way.UNDO) if place.side == "before")
+    run, before = boundaries(Way.RUN), tuple(place for place in boundaries() if place.side == "before")
+    if fault.name in ON_EVERY_WAY:
+        return (*run, *(place for place in before if place.way is not Way.RUN))
+    if fault.name in BOTH_WAYS:
+        return tuple(place for place in before if place.way in (Way.RUN, Way.UNDO))
+    if fault.name in BOTH_SIDES:
+        return run
+    steps = tuple(place for place in before if place.way is Way.RUN)
+    return steps if fault.name in EVERY_STEP else tuple(place for place in steps if place.step in WEIGHTY)
 
 
 def short() -> tuple[Cell, ...]:
@@ -51,20 +70,22 @@ def _in_switchover(step: str) -> bool:
     return names.index(step) >= names.index("replica_off")
 
 
-def go_through(rig: Rig, wanted: Sequence[Cell], tell: Callable[[Outcome], None]) -> None:
-    """Let every cell happen, each when the pair is in the state it begins in."""
+def go_through(rig: Rig, wanted: Sequence[Cell], tell: Callable[[Outcome], bool]) -> None:
+    """Let every cell happen, each when the pair is in the state it begins in, until `tell` says that it is enough."""
     waiting = list(wanted)
     while waiting:
-        outcome = None
         cell = next((c for c in waiting if c.begins_in == rig.state()), None)
         if cell is None:
             _move_on(rig)
             continue
         waiting.remove(cell)
         outcome = run_cell(rig, cell)
-        tell(outcome)
+        if not tell(outcome):
+            return
         if outcome.error:
             _start_over(rig)
+        elif cell.fault.leaves_damage:
+            rig.renew()
 
 
 def _move_on(rig: Rig) -> None:
@@ -93,7 +114,7 @@ def _start_over(rig: Rig) -> None:
         agent.start()
     try:
         rig.renew()
-    except (AssertionError, HostError) as error:
+    except (AssertionError, OSError) as error:
         raise RuntimeError(f"the rig cannot go on: {error}") from error
     rig.watch.both = 0
 
@@ -101,3 +122,10 @@ def _start_over(rig: Rig) -> None:
 def by_name(words: Sequence[str]) -> Iterator[Cell]:
     """The cells that each of the words occurs in."""
     return (cell for cell in cells() if all(word in cell.name for word in words))
+
+
+def mixed(wanted: Sequence[Cell]) -> list[Cell]:
+    """The same cells in an order in which a run that is broken off has seen something of everything."""
+    order = list(wanted)
+    random.Random(0).shuffle(order)
+    return order

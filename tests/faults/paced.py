@@ -30,9 +30,7 @@ def stop_at(stops: set[Stop]) -> None:
     """From now on this process stops itself at each of those entries, once."""
     write: Callable[..., Any] = RunContext.write
 
-    async def paced(
-        self: RunContext, kind: EntryKind, step: str, *, phase: Phase = Phase.DO, **more: Any
-    ) -> None:
+    async def paced(self: RunContext, kind: EntryKind, step: str, *, phase: Phase = Phase.DO, **more: Any) -> None:
         await write(self, kind, step, phase=phase, **more)
         here = (step, phase.value, kind.value)
         if here in stops:

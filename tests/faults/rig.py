@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.faults.verbs import Verbs
 from tests.lab import console, disks
@@ -30,7 +31,6 @@ FORMATS: dict[str, disks.Format] = {"vda": "qcow2", "vdb": "raw"}
 WRITES, WRITE_BYTES = 6, 128 << 10
 WAIT_S = 60.0
 WATCH_S = 0.02
-AGENT_LEFT = ("agent.toml", "agent.log", "state", "run", "scratch", "notify")
 
 
 class Watch(threading.Thread):
@@ -99,17 +99,19 @@ class Rig:
 
     def state(self) -> str:
         """The pair's state, from the database."""
-        return self._database("select state from pairs where name = ?", self.pair.name)[0][0]
+        return str(self._database("select state from pairs where name = ?", self.pair.name)[0][0])
 
     def exits(self) -> str:
         """What *Needs operator* says, as JSON; empty in another state."""
-        return self._database("select operator from pairs where name = ?", self.pair.name)[0][0] or ""
+        return str(self._database("select operator from pairs where name = ?", self.pair.name)[0][0] or "")
 
     def journal(self) -> list[tuple[str, str, str, str]]:
         """Phase, kind, step and sentence of every entry of the pair, oldest first."""
-        return self._database("select phase, kind, step, sentence from journal where pair = ? order by seq", self.pair.name)
+        return self._database(
+            "select phase, kind, step, sentence from journal where pair = ? order by seq", self.pair.name
+        )
 
-    def _database(self, question: str, *values: str) -> list[tuple[str, ...]]:
+    def _database(self, question: str, *values: str) -> list[Any]:
         (file,) = (self.site.folder / "coordinator/state").glob("registry.sqlite")
         with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=WAIT_S)) as connection:
             return list(connection.execute(question, values))
@@ -134,9 +136,7 @@ class Rig:
             kernel = host.images / f"kernel-{writes}"
             kernel.write_bytes(tiny_kernel(writes=writes))
             log = host.images / f"{name}{suffix}.console"
-            xml = tiny_domain_xml(
-                f"{name}{suffix}", str(uuid.uuid4()), images, kernel, log, monitor_of(images)
-            )
+            xml = tiny_domain_xml(f"{name}{suffix}", str(uuid.uuid4()), images, kernel, log, monitor_of(images))
             host.define(xml)
             vms.append(LabVm(host, f"{name}{suffix}", images, log))
         pair = LabPair(name, *vms)
@@ -149,7 +149,11 @@ class Rig:
         """Whether the journal says that its fence was taken and not lifted since."""
         replica = vm is self.pair.replica
         taken = "fence_replica" if replica else "fence_original"
-        lifts = {("do", "release_replica"), ("undo", taken)} if replica else {("do", "lift_original_fence"), ("undo", taken)}
+        lifts = (
+            {("do", "release_replica"), ("undo", taken)}
+            if replica
+            else {("do", "lift_original_fence"), ("undo", taken)}
+        )
         fenced = False
         for phase, kind, step, _ in self.journal():
             if (phase, step) == ("do", taken) or (not replica and (phase, step) == ("undo", "lift_original_fence")):
@@ -309,10 +313,12 @@ def _bitmaps(image: Path) -> bool:
 @contextlib.contextmanager
 def open_rig(folder: Path, cache_dir: Path, *, seed: int = 1) -> Iterator[Rig]:
     """Bring a rig up, and take it down whole."""
-    with open_site(folder, Guest(Path(), Path()), cache_dir) as site, Verbs(site.coordinator, folder / "verbs") as verbs:
+    with (
+        open_site(folder, Guest(Path(), Path()), cache_dir) as site,
+        Verbs(site.coordinator, folder / "verbs") as verbs,
+    ):
         rig = Rig(site, verbs, seed=seed)
         try:
             yield rig
         finally:
             rig.watch.end()
-

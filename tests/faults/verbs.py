@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -44,13 +45,15 @@ class Verb:
 
     def go_on(self) -> None:
         """Let a stopped one go on."""
-        self.stopped = False
-        os.kill(self.pid, signal.SIGCONT)
+        if self.code is None:
+            self.stopped = False
+            os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         if self.code is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # its end is on its way to us
+                os.kill(self.pid, signal.SIGKILL)
             self.stopped = False
             while self.code is None:
                 self._server.wait(self, NEWS_TIMEOUT_S)
@@ -106,7 +109,7 @@ class Verbs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for verb in self._verbs.values():
+        for verb in tuple(self._verbs.values()):
             verb.kill()
         assert self._process is not None
         self._selector.close()

@@ -2,9 +2,9 @@
 
 For tests that power VMs on and off hundreds of times. Its program, with what it does where, is ``tiny-guest.s`` beside
 this file; the bytes are kept here so that no assembler is needed. It speaks as the lab's other guest does (README.md):
-``FOUND``, ``READY``, ``WROTE``, ``LAST``, with ``ok`` for a checksum. Its record is a count in sector `RECORD_SECTOR` of
-both disks; each write fills one of 64 slots behind it first. It flushes nothing: an image of its own must have
-`GUEST_BYTES` from `GUEST_OFFSET` on allocated, as `tests.faults.images` does.
+``FOUND``, ``READY``, ``WROTE``, ``LAST``, with ``ok`` for a checksum. Its record is a count in sector `RECORD_SECTOR`
+of both disks; each write fills one of 64 slots behind it first. It flushes nothing: its images must have `GUEST_BYTES`
+from `GUEST_OFFSET` on allocated, as `tests.faults.rig` makes them.
 """
 
 from __future__ import annotations
