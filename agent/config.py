@@ -39,10 +39,12 @@ class LibvirtConfig:
         uri: ``qemu:///system`` by default; any QEMU URI, ``qemu:///embed?root=DIR`` included.
         scratch_dir: where scratch files and overlays of block devices go, for files stand beside their disk;
             the user QEMU runs as must be able to reach it.
+        hook_dir: libvirt's folder of hooks for QEMU, where `failback-agent fence install` puts its own.
     """
 
     uri: str = "qemu:///system"
     scratch_dir: Path = Path("/var/lib/libvirt/images")
+    hook_dir: Path = Path("/etc/libvirt/hooks/qemu.d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

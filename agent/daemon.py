@@ -23,9 +23,11 @@ import click
 import structlog
 import trio
 
+from agent import commands
 from agent.config import DEFAULT_PATH, Config, load
 from agent.errors import AgentError, ConfigError, HypervisorError
 from agent.ledger import Ledger
+from agent.local import listen_locally, serve_locally
 from agent.service import SOFTWARE, AgentService, failure_of
 from agent.sync.buffers import received_memory
 from agent.sync.conversation import Unforeseen
@@ -149,11 +151,13 @@ async def _serve(
     bulk: list[trio.SocketListener],
     context: ssl.SSLContext,
 ) -> None:
+    local = await _listen_locally(service.config)
     # The locks of every fence first, and with libvirt or without: this host may be starting its VMs at this moment.
     told = await _mend(service, service.fences.restore, frozenset())
     async with trio.open_nursery() as nursery:
         for listener in bulk:
             nursery.start_soon(_accept_bulk, service, listener, context)
+        nursery.start_soon(serve_locally, service, local)
         nursery.start_soon(_look_at_libvirt, service)
         nursery.start_soon(_keep_promises, service, told)
         answer = partial(serve_control, host=service.config.name, map_error=_mapped)
@@ -250,6 +254,16 @@ async def _listen(address: str, port: int, key: str) -> list[trio.SocketListener
         ) from error
 
 
+async def _listen_locally(config: Config) -> trio.SocketListener:
+    try:
+        return await listen_locally(config)
+    except OSError as error:
+        raise StartError(
+            f"the agent cannot listen on its local socket in {config.runtime_dir}: {error.strerror}; "
+            "make the folder writable or set runtime_dir to another"
+        ) from error
+
+
 def _make_runtime_dir(config: Config) -> None:
     if len(os.fsencode(config.runtime_dir.absolute())) + SOCKET_NAME_BYTES > 107:
         raise StartError(
@@ -298,7 +312,7 @@ def _set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config",
     "path",
@@ -309,11 +323,12 @@ def _set_up_logging() -> None:
 )
 @click.option("--check-config", is_flag=True, help="Read and check the configuration, say so, and exit.")
 @click.version_option(message=f"failback-agent: {SOFTWARE}")
-def main(path: Path, check_config: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, path: Path, check_config: bool) -> None:
     """Serve this hypervisor host's virtual machines to failback.
 
     The agent runs on every host, beside its libvirt; the `failback` command asks, the agents act. It is usually started
-    by systemd (failback-agent.service) and ends cleanly on SIGTERM.
+    by systemd (failback-agent.service) and ends cleanly on SIGTERM. Without a command it serves.
 
     \b
     A configuration, /etc/failback/agent.toml:
@@ -324,6 +339,9 @@ def main(path: Path, check_config: bool) -> None:
       key = "/etc/failback/pki/prod1.key"
     """
     _set_up_logging()
+    ctx.obj = path
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         config = load(path)
         if check_config:
@@ -336,6 +354,10 @@ def main(path: Path, check_config: bool) -> None:
     except (AgentError, ProtocolError) as error:
         click.echo(f"failback-agent: {error.sentence}", err=True)
         sys.exit(EXIT_FAILED)
+
+
+main.add_command(commands.fence)
+main.add_command(commands.check)
 
 
 if __name__ == "__main__":

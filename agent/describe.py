@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.ledger import ConditionRecord, DiskCondition, FenceRecord
+from agent.lift_record import LiftRecord
 from agent.sources import OpenedView
 from agent.virt.seam import Domain, DomainDisk, Image, PowerState
 from protocol.messages import (
@@ -10,6 +11,7 @@ from protocol.messages import (
     DiskDescription,
     FenceDescription,
     ImageDescription,
+    LiftDescription,
     Power,
     Side,
     SnapshotDescription,
@@ -37,6 +39,7 @@ def _image(image: Image) -> ImageDescription:
         external_data=image.external_data,
         modified_s=image.modified_s,
         allocated_bytes=image.allocated_bytes,
+        keeps_bitmaps=image.keeps_bitmaps,
     )
 
 
@@ -84,12 +87,29 @@ def viewed(opened: OpenedView) -> tuple[ViewedDisk, ...]:
             tracked=target in opened.tracked,
             since=opened.since.get(target),
             why_not="; ".join(opened.why_not.get(target, ())),
+            rung=opened.dirty[target].rung if target in opened.dirty else "",
         )
         for target, size_bytes in opened.sizes.items()
     )
 
 
-def vm(domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None) -> VmDescription:
+def _lifted(record: LiftRecord | None) -> LiftDescription | None:
+    """A fence lifted by hand, on the wire."""
+    if record is None:
+        return None
+    return LiftDescription(
+        pair=record.pair,
+        run=record.run,
+        by=record.by,
+        reason=record.reason,
+        at_s=record.at_s,
+        condition=Condition(record.condition),
+    )
+
+
+def vm(
+    domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None, lifted: LiftRecord | None = None
+) -> VmDescription:
     """A domain on the wire."""
     return VmDescription(
         uuid=domain.uuid,
@@ -108,5 +128,9 @@ def vm(domain: Domain, *, job_is_ours: bool, fence: FenceDescription | None) -> 
         checkpoints=domain.checkpoints,
         job=domain.job,
         job_is_ours=job_is_ours,
+        running_since_s=domain.running_since_s,
+        last_started_s=domain.last_started_s,
+        last_stopped_s=domain.last_stopped_s,
         fence=fence,
+        lifted=_lifted(lifted),
     )

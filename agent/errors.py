@@ -109,6 +109,12 @@ class Forbidden(AgentError):
     code = "forbidden"
 
 
+class Held(Forbidden):
+    """Another coordinator holds the pair, or the VM is fenced for another pair."""
+
+    code = "held"
+
+
 class StaleEpoch(Forbidden):
     """A request came under a lower fencing epoch than this agent has seen for the pair."""
 

@@ -30,10 +30,12 @@ most), and within one tick a later write would leave no trace."""
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The view that a disk is proven to equal (or to be torn from), or a sentence why none is."""
+    """The view that a disk is proven to equal (or to be torn from), or a sentence why none is; `touched`: because it
+    is known to be another image, or one that was written to, than what this agent left."""
 
     view: str | None
     why_not: str = ""
+    touched: bool = False
 
 
 @dataclass
@@ -61,6 +63,7 @@ class EvidenceDesk:
             map_seed=digest_map.seed,
             map_known_bytes=digest_map.known_bytes,
             why_no_map=digest_map.why_not,
+            touched=proof.touched,
         )
 
     def proof(self, vm_uuid: str, target: str) -> Proof:
@@ -72,7 +75,8 @@ class EvidenceDesk:
         if image is None:
             return Proof(None, "the disk is not fenced, so nobody knows who may have written to it")
         if str(image.path) != record.path:
-            return Proof(None, f"the disk is the image {image.path} now, and it was {record.path} that equalled a view")
+            why_not = f"the disk is the image {image.path} now, and it was {record.path} that equalled a view"
+            return Proof(None, why_not, touched=True)
         held = self.fences.held(image.path)
         if held is None or not held.is_named():
             return Proof(None, f"the lock of {image.path} is lost")
@@ -80,8 +84,13 @@ class EvidenceDesk:
             stamp = stamp_of(held.fd)
         except OSError as error:
             return Proof(None, f"{image.path} cannot be looked at: {error.strerror}")
-        why_not = _touched(record, stamp, under_lock=self._under.get((vm_uuid, target)) is held)
-        return Proof(None, why_not) if why_not else Proof(record.view)
+        under_lock = self._under.get((vm_uuid, target)) is held
+        why_not = _touched(record, stamp, under_lock=under_lock)
+        if not why_not:
+            return Proof(record.view)
+        # Without the boot of then, or without a stamp, nothing is known; that is not the same.
+        known = record.stamp is not None and (stamp is None or under_lock or record.stamp.boot == stamp.boot)
+        return Proof(None, why_not, touched=known)
 
     def _image(self, vm_uuid: str, target: str) -> FencedImage | None:
         """What the fenced VM's disk is now: it stands first among the images of its fence."""

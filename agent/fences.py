@@ -1,8 +1,9 @@
 """Fences: what keeps a VM from starting while its disks are ours.
 
-A fence is durable (the ledger) and enforced (autostart off, image locks held by this process, taken again after a
-restart). Image locks are advisory and end with the process that holds them, which is why an unlocked image is always
-told (`FenceKeeper.unlocked`), never assumed away. All methods block and may be called from several worker threads.
+A fence is durable (the ledger) and enforced three times: autostart off, image locks held by this process (taken again
+after a restart), and, where it is installed, libvirt's hook, which reads a list that the ledger keeps. Image locks are
+advisory and end with the process that holds them, which is why an unlocked image is always told
+(`FenceKeeper.unlocked`), never assumed away. All methods block and may be called from several worker threads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from agent.disk.lock import HeldImage, hold_exclusive, hold_frozen
 from agent.errors import AgentError, DiskError, HypervisorError, NoSuchDomain
-from agent.ledger import DiskCondition, FencedImage, FenceRecord, Ledger, LockKind
+from agent.ledger import ConditionRecord, DiskCondition, FencedImage, FenceRecord, Ledger, LockKind
+from agent.lift_record import LiftRecord
 from agent.virt.seam import Domain, Hypervisor, PowerState
 
 
@@ -182,8 +184,9 @@ class FenceKeeper:
                 run=run,
                 side=side,
                 autostart_before=domain.autostart if old is None else old.autostart_before,
-                images=self._images(domain, targets, side, old if old is not None and old.side == side else None),
+                vm_name=domain.name,
                 since_s=time.time() if old is None else old.since_s,
+                images=self._images(domain, targets, side, old if old is not None and old.side == side else None),
             )
             self._check_shared(fence)
             self.ledger.put_fence(fence)
@@ -231,6 +234,37 @@ class FenceKeeper:
             self._unseen.discard(vm_uuid)
             for image in fence.images:
                 self._release(image.path)
+
+    def lift_by_hand(self, fence: FenceRecord, *, by: str, reason: str) -> LiftRecord:
+        """Lift the fence at a person's word, whatever it is for and whatever the disks hold; who, when and why stays in
+        the ledger. Disks that equalled a view are out of our hands now; torn ones stay called torn.
+
+        Raises:
+            HypervisorError: autostart cannot be given back; nothing is changed then.
+        """
+        uuid = fence.vm_uuid
+        with self._turn(uuid):
+            flag = self.condition(uuid)
+            record = LiftRecord(
+                vm_uuid=uuid,
+                vm_name=fence.vm_name,
+                pair=fence.pair,
+                run=fence.run,
+                side=fence.side,
+                condition=flag.value,
+                by=by,
+                reason=reason,
+                at_s=time.time(),
+            )
+            if fence.autostart_before:
+                with contextlib.suppress(NoSuchDomain):
+                    self.hypervisor.set_autostart(uuid, enabled=True)
+            whole = ConditionRecord(vm_uuid=uuid, condition=DiskCondition.INTACT)
+            self.ledger.lift_by_hand(record, whole if flag is DiskCondition.EQUALS_VIEW else None)
+            self._unseen.discard(uuid)
+            for image in fence.images:
+                self._release(image.path)
+            return record
 
     def close(self) -> None:
         """Let go of every lock (the process is ending); the durable fences stay."""

@@ -7,7 +7,6 @@ method returns (I5). The lock on the folder keeps a second agent away.
 from __future__ import annotations
 
 import contextlib
-import enum
 import fcntl
 import json
 import os
@@ -19,9 +18,31 @@ from typing import TypeVar
 
 import cattrs
 
+from agent.authority_record import EpochRecord, epoch_of, with_epoch
 from agent.durable import replace_whole
 from agent.errors import AgentError
+from agent.fence_list import entry, list_text, write_list
+from agent.fence_record import ConditionRecord, DiskCondition, FencedImage, FenceRecord, LockKind
+from agent.lift_record import LiftRecord
 from agent.overlay_record import OverlayRecord
+
+__all__ = [
+    "ConditionRecord",
+    "Contents",
+    "DiskCondition",
+    "FenceRecord",
+    "FencedImage",
+    "Ledger",
+    "LedgerBusy",
+    "LedgerError",
+    "LockKind",
+    "ProtectedImage",
+    "ProtectionRecord",
+    "ThawRecord",
+    "TrackedImage",
+    "TrackingRecord",
+    "ViewRecord",
+]
 
 VERSION = 1
 
@@ -32,52 +53,8 @@ class LedgerError(AgentError):
     code = "ledger"
 
 
-class LockKind(enum.Enum):
-    """How an image is held."""
-
-    EXCLUSIVE = "exclusive"  # nobody else reads or writes
-    FROZEN = "frozen"  # everybody may read, nobody writes
-
-
-class DiskCondition(enum.Enum):
-    """The durable flag of an original's disks."""
-
-    INTACT = "intact"
-    TORN = "torn"
-    EQUALS_VIEW = "equals-view"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FencedImage:
-    """One image that a fence locks."""
-
-    target: str
-    path: Path
-    format: str
-    kind: LockKind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FenceRecord:
-    """A VM that must not start. `side` is ``original`` or ``replica``. `since_s`: when it was taken, in seconds since
-    1970, for people; 0: not known."""
-
-    vm_uuid: str
-    pair: str
-    run: str
-    side: str
-    autostart_before: bool
-    images: tuple[FencedImage, ...]
-    since_s: float = field(default=0.0, compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConditionRecord:
-    """The flag of a VM's disks, with the view they equal."""
-
-    vm_uuid: str
-    condition: DiskCondition
-    view: str | None = None
+class LedgerBusy(LedgerError):
+    """Another agent uses the state folder."""
 
 
 R = TypeVar("R", FenceRecord, ConditionRecord)
@@ -138,14 +115,6 @@ class TrackingRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpochRecord:
-    """The highest fencing epoch seen for a pair."""
-
-    pair: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
     """The whole ledger, a value."""
 
@@ -158,6 +127,7 @@ class Contents:
     overlays: tuple[OverlayRecord, ...] = ()
     thaws: tuple[ThawRecord, ...] = ()
     trackings: tuple[TrackingRecord, ...] = ()
+    lifts: tuple[LiftRecord, ...] = ()
 
 
 @dataclass
@@ -188,12 +158,13 @@ class Ledger:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
-            raise LedgerError(
+            raise LedgerBusy(
                 f"another failback-agent already uses the state folder {folder}: stop it, or set another state_dir"
             ) from error
         ledger = cls(folder, _lock_fd=fd)
         try:
             ledger._contents = ledger._read()
+            ledger._list(ledger._contents)
         except LedgerError:
             ledger.close()
             raise
@@ -230,13 +201,28 @@ class Ledger:
 
     def _write(self, contents: Contents) -> None:
         text = json.dumps(_CONVERTER.unstructure(contents), indent=1, sort_keys=True)
+        # The hook's list is ahead of the ledger with new fences and behind it with lifted ones: never one too few.
+        gone = tuple(fence for fence in self._contents.fences if fence not in contents.fences)
+        self._list(replace(contents, fences=(*contents.fences, *gone)))
         try:
             replace_whole(self.path, text)
         except OSError as error:
-            raise LedgerError(
-                f"the agent's ledger {self.path} cannot be written: {error.strerror}; free or mend its file system"
-            ) from error
+            raise self._unwritable(error) from error
         self._contents = contents
+        self._list(contents)
+
+    def _list(self, contents: Contents) -> None:
+        """Write the list of fenced VMs for libvirt's hook."""
+        torn = {r.vm_uuid: r.condition.value for r in contents.conditions}
+        entries = (entry(f, torn.get(f.vm_uuid, "")) for f in contents.fences)
+        try:
+            write_list(self.folder, list_text(entries))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> LedgerError:
+        cure = "free or mend its file system"
+        return LedgerError(f"the agent's ledger {self.path} cannot be written: {error.strerror}; {cure}")
 
     def _change(self, change: Callable[[Contents], Contents]) -> None:
         """Make `change`'s result durable; no write where it changes nothing."""
@@ -249,18 +235,38 @@ class Ledger:
 
     def epoch(self, pair: str) -> int:
         """The highest epoch seen for the pair, 0 when none was."""
-        return _epoch(self._contents, pair)
+        return self.authority(pair).epoch
+
+    def authority(self, pair: str) -> EpochRecord:
+        """The highest epoch seen for the pair, and who holds it."""
+        return epoch_of(self._contents.epochs, pair)
 
     def raise_epoch(self, pair: str, epoch: int) -> None:
         """Remember a higher epoch; a lower or equal one changes nothing."""
+        self.put_authority(EpochRecord(pair=pair, epoch=epoch))
 
-        def change(old: Contents) -> Contents:
-            if epoch <= _epoch(old, pair):
-                return old
-            kept = tuple(record for record in old.epochs if record.pair != pair)
-            return replace(old, epochs=(*kept, EpochRecord(pair=pair, epoch=epoch)))
+    def put_authority(self, record: EpochRecord) -> None:
+        """Remember a higher epoch and its holder; a lower one changes nothing."""
+        self._change(lambda old: replace(old, epochs=with_epoch(old.epochs, record)))
 
-        self._change(change)
+    # --- fences lifted by hand --------------------------------------------------------------------------------------
+
+    def lift_of(self, vm_uuid: str) -> LiftRecord | None:
+        """That a person lifted the fence of that VM, until a run has fenced and released it again."""
+        return next((record for record in self._contents.lifts if record.vm_uuid == vm_uuid), None)
+
+    def lift_by_hand(self, record: LiftRecord, condition: ConditionRecord | None) -> None:
+        """Forget the fence, remember who lifted it, and set the flag of the disks: one write."""
+        self._change(
+            lambda old: replace(
+                old,
+                fences=_without(old.fences, record.vm_uuid),
+                lifts=(*(r for r in old.lifts if r.vm_uuid != record.vm_uuid), record),
+                conditions=old.conditions
+                if condition is None
+                else (*_without(old.conditions, record.vm_uuid), condition),
+            )
+        )
 
     # --- records by VM --------------------------------------------------------------------------------------------
 
@@ -273,8 +279,14 @@ class Ledger:
         self._change(lambda old: replace(old, fences=(*_without(old.fences, fence.vm_uuid), fence)))
 
     def drop_fence(self, vm_uuid: str) -> None:
-        """Forget the fence on that VM."""
-        self._change(lambda old: replace(old, fences=_without(old.fences, vm_uuid)))
+        """Forget the fence on that VM, which a run lifts; also that a person lifted an earlier one."""
+        self._change(
+            lambda old: replace(
+                old,
+                fences=_without(old.fences, vm_uuid),
+                lifts=tuple(r for r in old.lifts if r.vm_uuid != vm_uuid),
+            )
+        )
 
     def condition(self, vm_uuid: str) -> ConditionRecord | None:
         """The flag of that VM's disks; None when nothing was ever written to them by us."""
@@ -363,10 +375,6 @@ class Ledger:
             with contextlib.suppress(OSError):
                 os.close(self._lock_fd)
             self._lock_fd = -1
-
-
-def _epoch(contents: Contents, pair: str) -> int:
-    return next((record.epoch for record in contents.epochs if record.pair == pair), 0)
 
 
 def _without(records: tuple[R, ...], vm_uuid: str) -> tuple[R, ...]:

@@ -104,9 +104,11 @@ class Session:
 
 @dataclass
 class PassDesk:
-    """All grants of this agent, one for each pair at a time."""
+    """All grants of this agent, one for each pair at a time. `is_current`: whether an order's epoch is still the
+    highest seen for its pair."""
 
     threads: Threads
+    is_current: Callable[[Order], bool] = lambda _: True
     buffers: BufferPool = field(default_factory=BufferPool)
     scratch: BufferPool = field(default_factory=lambda: BufferPool(TARGET_BUFFERS, TARGET_BUFFER_BYTES))
     windows: Windows = field(default_factory=Windows)
@@ -211,6 +213,10 @@ class PassDesk:
                 continue
             if connection.peer.fingerprint != session.grant.peer_fingerprint:
                 break
+            if not self.is_current(session.order):
+                sentence = f"the grant for disk {hello.target} came under an epoch that is not the highest any more"
+                await self.threads.on_network(partial(connection.refuse, "stale-epoch", sentence))
+                return
             if session.seeds[hello.target] not in (None, hello.digest_seed):
                 sentence = f"the digests of disk {hello.target} were granted with the seed of its digest map"
                 await self.threads.on_network(partial(connection.refuse, "forbidden", sentence))

@@ -94,9 +94,11 @@ async def _shut_down(hypervisor: Hypervisor, threads: Threads, uuid: str, deadli
     """Ask until the guest is off; False at the deadline. A libvirtd that is being restarted takes no guest down and
     says nothing about one: it is waited for as the guest is."""
     lost: HypervisorUnreachable | None = None
+    hears = True
     while trio.current_time() < deadline:
         try:
-            await threads.on_libvirt(lambda: hypervisor.request_shutdown(uuid))
+            if hears:
+                hears = await _request(hypervisor, threads, uuid, min(deadline, trio.current_time() + ASK_AGAIN_S))
             ask_again = min(deadline, trio.current_time() + ASK_AGAIN_S)
             while (left := ask_again - trio.current_time()) > 0:
                 if await threads.on_libvirt(partial(hypervisor.wait_off, uuid, min(left, WAIT_SLICE_S))):
@@ -107,4 +109,14 @@ async def _shut_down(hypervisor: Hypervisor, threads: Threads, uuid: str, deadli
             await trio.sleep(min(WAIT_SLICE_S, max(0.0, deadline - trio.current_time())))
     if lost is not None:
         raise lost
+    return False
+
+
+async def _request(hypervisor: Hypervisor, threads: Threads, uuid: str, until: float) -> bool:
+    """Ask the guest once; False where no answer came by then. libvirt asks QEMU and waits for it, for ever where that
+    is stopped or stuck in the kernel, so that asking again would only stop one more thread."""
+    with trio.move_on_at(until):
+        await threads.requesting(lambda: hypervisor.request_shutdown(uuid))
+        return True
+    log.warning("QEMU does not answer when it is asked to shut its guest down", vm=uuid)
     return False

@@ -17,12 +17,13 @@ from importlib.metadata import version
 import structlog
 
 from agent import describe, power
-from agent.authority import Authority
+from agent.authority import Authority, vm_of
 from agent.config import Config
 from agent.disk.lock import image_in_use
 from agent.equals import EqualsBook
 from agent.errors import AgentError, Forbidden, HypervisorError
 from agent.evidence import EvidenceDesk
+from agent.fence_install import hook_state
 from agent.fences import Fenced, FenceKeeper, Torn
 from agent.holdings import HoldingsDesk
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
@@ -39,6 +40,7 @@ from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
 from protocol.messages import (
     AllowPass,
+    AskAuthority,
     AskEvidence,
     AskHoldings,
     AskPower,
@@ -57,6 +59,7 @@ from protocol.messages import (
     InspectVm,
     LiftFence,
     OpenView,
+    Order,
     OrderRequest,
     Ping,
     Pong,
@@ -76,6 +79,7 @@ from protocol.messages import (
     SetCondition,
     SetLimits,
     Side,
+    TakePair,
     Tracking,
     TrackingRead,
     Unprotect,
@@ -107,7 +111,7 @@ class AgentService:
 
     def __post_init__(self) -> None:
         self.fences = FenceKeeper(self.ledger, self.hypervisor)
-        self.passes = PassDesk(self.threads)
+        self.passes = PassDesk(self.threads, self.authority_is_current)
         scratch = self.config.scratch
         limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
@@ -136,6 +140,10 @@ class AgentService:
         )
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
+    def authority_is_current(self, order: Order) -> bool:
+        """Whether the order's epoch is still the highest seen for its pair."""
+        return self.ledger.epoch(order.pair) == order.epoch
+
     async def handle(self, request: Request, peer: PeerIdentity, progress: ProgressSink) -> Reply:
         """Answer one request.
 
@@ -151,6 +159,8 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
+            case AskAuthority():
+                return self.authority.describe(request, peer)
             case AskEvidence():
                 return await self.threads.on_disk(lambda: self.evidence.answer(request.vm_uuid, request.targets))
             case AskWritten():
@@ -165,16 +175,17 @@ class AgentService:
             case _:
                 # Each request is a task of its own: whatever is logged in it from here on says whose it is.
                 structlog.contextvars.bind_contextvars(pair=request.order.pair, run=request.order.run)
-                reply = await self._carry_out(request, progress)
+                reply = await self._carry_out(request, peer, progress)
                 log.info("order carried out", order=type(request).__name__)
                 return reply
 
-    async def _carry_out(self, request: OrderRequest, progress: ProgressSink) -> Reply:
+    async def _carry_out(self, request: OrderRequest, peer: PeerIdentity, progress: ProgressSink) -> Reply:
         if isinstance(request, RunPass):
-            async with self.authority.of(request.order):
+            async with self.authority.of(request.order, peer):
                 session = self.passes.claim(request.order, request.grant)
             return await self.runner.run(request, session, progress)
-        async with self.authority.of(request.order):
+        async with self.authority.of(request.order, peer, take_over=isinstance(request, TakePair)):
+            self.authority.check_vm(request, self.fences.fence_of(vm_of(request)))
             if isinstance(request, ENDS_THE_PASS):
                 await self.passes.end(request.order.pair)
             return await self._obey(request)
@@ -212,6 +223,8 @@ class AgentService:
                 return await self._unprotect(request)
             case AllowPass():
                 await self.passes.allow(request.order, request.grant)
+                return Done()
+            case TakePair():
                 return Done()
             case SetLimits():
                 self.passes.limit(request.order.pair, request.limit_network, request.limit_read)
@@ -251,13 +264,19 @@ class AgentService:
             missing_tools=tuple(f"{tool} ({package})" for tool, package in TOOLS.items() if not shutil.which(tool)),
             clock_s=time.time(),
             state_free_bytes=shutil.disk_usage(self.config.state_dir).free,
+            hook=hook_state(self.config),
         )
 
     async def _inspect(self, name_or_uuid: str) -> VmDescription:
         def inspect() -> VmDescription:
             uuid = self.hypervisor.find(name_or_uuid)
             domain = self.hypervisor.inspect(uuid)
-            return describe.vm(domain, job_is_ours=self.views.is_open(uuid), fence=self._fence_description(uuid))
+            return describe.vm(
+                domain,
+                job_is_ours=self.views.is_open(uuid),
+                fence=self._fence_description(uuid),
+                lifted=self.ledger.lift_of(uuid),
+            )
 
         return await self.threads.on_libvirt(inspect)
 

@@ -70,8 +70,10 @@ async def propose(doctor: Doctor, hosts: tuple[str, ...]) -> tuple[tuple[Proposa
     answers = await holdings_of(doctor.agents, set(hosts))
     told = {host: held for host, held in answers.items() if isinstance(held, Holdings)}
     silent = {host: held for host, held in answers.items() if isinstance(held, Problem)}
-    names = sorted({known.pair for held in told.values() for known in held.pairs})
-    return tuple([await _proposal(doctor, name, told) for name in names]), silent
+    # A pair of which nothing but its epoch is kept was forgotten on purpose.
+    names = {known.pair for held in told.values() for known in held.pairs if known.mapping is not None}
+    names |= {fence.pair for held in told.values() for fence in held.fences}
+    return tuple([await _proposal(doctor, name, told) for name in sorted(names)]), silent
 
 
 async def adopt(doctor: Doctor, proposal: Proposal) -> Pair:

@@ -26,7 +26,8 @@ LIFT_ORIGINAL_FENCE = "lift_original_fence"
 
 @dataclass
 class RunContext:
-    """One run in the hands of one process. `pair` and `epoch` change as the run goes on; the rest stays."""
+    """One run in the hands of one process. `pair` and `epoch` change as the run goes on; the rest
+    stays. `place`: of its registry (`coordinator.pair_holder.place_of`)."""
 
     pair: Pair
     run: RunRecord
@@ -39,6 +40,7 @@ class RunContext:
     tokens: Tokens
     observer: Observer
     actor: str
+    place: str = ""
 
     @property
     def options(self) -> RunOptions:
@@ -48,7 +50,7 @@ class RunContext:
     @property
     def order(self) -> Order:
         """The authority of this run's orders."""
-        return Order(pair=self.pair.name, run=self.run.id, epoch=self.epoch)
+        return Order(pair=self.pair.name, run=self.run.id, epoch=self.epoch, place=self.place)
 
     @property
     def source(self) -> Agent:

@@ -36,16 +36,20 @@ class Database:
         self._engine = engine
 
     @classmethod
-    def open(cls, path: Path) -> Database:
+    def open(cls, path: Path, *, anew: bool = False) -> Database:
         """Open the database. It is made, with its folder, where there never was one; one that is gone, cut short or
         damaged is refused and left as it is.
+
+        Args:
+            anew: one that is gone is made, though something beside it shows that there was one: whoever says so fills
+                it with what others know.
 
         Raises:
             DatabaseError: a network file system, one that is full or read-only; no permission; not a database, not
                 ours, damaged, gone; made by a newer version.
         """
         soundness.check_place(path)
-        if not soundness.is_there(path):
+        if not soundness.is_there(path, anew=anew):
             _make(path)
         version = soundness.look(path)
         database = cls(path, _engine(path))

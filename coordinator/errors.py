@@ -81,20 +81,21 @@ class HostUnreachable(CoordinatorError):
 
 TIMED_OUT = "timed-out"
 STALE_EPOCH = "stale-epoch"
+HELD = "held"
 
 
 class AgentRefused(CoordinatorError):
     """An agent answered a request with a `protocol.messages.Failure`; its code and facts are kept.
 
-    Two codes mean more than that: `TIMED_OUT`, no answer came in time; `STALE_EPOCH`, another process has taken the
-    run over, so that this one must not be started again.
+    Three codes mean more than that: `TIMED_OUT`, no answer came in time; `STALE_EPOCH`, another process has taken the
+    run over, and `HELD`, another coordinator holds the pair, so that this one must not be started again.
     """
 
     code = "agent"
 
     def __init__(self, sentence: str, *, code: str | None = None, **facts: Fact) -> None:
         super().__init__(sentence, code=code, **facts)
-        if self.code == STALE_EPOCH:
+        if self.code in (STALE_EPOCH, HELD):
             self.exit_code = ExitCode.REFUSED
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from coordinator.evidence import HAS_BITMAPS
 from coordinator.findings import Case, DiskCase, DiskSample, Problem
 from coordinator.model import DiskEstimate, Estimate, Interval
 from protocol.messages import BlockSamples, Power, Side, Tracking
@@ -55,8 +56,10 @@ def last_rung(case: Case, replica: DiskCase) -> str:
         return ""
     if track is Tracking.NONE:
         return "map"
-    if replica.disk.chain[0].format == "qcow2":
-        return "bitmap"
+    image = replica.disk.chain[0]
+    if image.format == HAS_BITMAPS:
+        # One of version 2 has none, and overlays are made over raw disks alone.
+        return "map" if image.keeps_bitmaps is False else "bitmap"
     return "overlay" if track is Tracking.OVERLAY else "map"
 
 

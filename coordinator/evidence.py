@@ -43,7 +43,10 @@ def choose(disk: DiskSizes, viewed: ViewedDisk, target: TargetEvidence | None) -
     """
     since, why = _proven_since(viewed, target)
     if since is not None:
-        rung = Rung.BITMAP if disk.source_format in ("", HAS_BITMAPS) else Rung.OVERLAY
+        # An overlay of ours is qcow2 as well, so that the format alone does not tell; the view does.
+        by_format = Rung.BITMAP if disk.source_format in ("", HAS_BITMAPS) else Rung.OVERLAY
+        told = {rung.value: rung for rung in (Rung.BITMAP, Rung.OVERLAY)}
+        rung = told.get(viewed.rung, by_format)
         return _evidence(disk, rung, since=since, map_seed=None if target is None else target.map_seed)
     if target is not None and target.map_seed is not None and target.map_known_bytes > 0:
         return _evidence(disk, Rung.MAP, map_seed=target.map_seed, why=why)

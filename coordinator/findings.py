@@ -9,7 +9,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from coordinator.model import DiskPair, Pair, RunOptions, VmRef
-from protocol.messages import BlockSamples, DiskDescription, HostDescription, Power, PowerAnswer, Side, VmDescription
+from protocol.messages import (
+    BlockSamples,
+    DiskDescription,
+    HostDescription,
+    Power,
+    PowerAnswer,
+    Side,
+    TargetEvidence,
+    VmDescription,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +52,13 @@ def clause(sentence: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideFindings:
-    """One side. `vm` is None where the host could not be asked; `power` is None where it was not asked."""
+    """One side. `vm` is None where the host could not be asked; `power` is None where it was not asked; `evidence` is
+    what its agent has on record of the disks of an original that it fences."""
 
     host: HostDescription | Problem
     vm: VmDescription | Problem | None
     power: PowerAnswer | None = None
+    evidence: tuple[TargetEvidence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +80,8 @@ class Findings:
     Attributes:
         failover_since: when the pair entered its present *Failover* (ISO 8601), where that is known; `failover_s` is
             the same in seconds since 1970, by this host's clock.
-        original_ahead_s: how far the clock of the original's host is ahead of this one's; None where it does not tell.
+        original_ahead_s: how far the clock of the original's host is ahead of this one's; None where it does not tell;
+            `replica_ahead_s`: the same of the replica's.
         samples: of the disks, where they were asked for.
     """
 
@@ -78,6 +90,7 @@ class Findings:
     failover_since: str | None = None
     failover_s: float | None = None
     original_ahead_s: float | None = None
+    replica_ahead_s: float | None = None
     samples: tuple[DiskSample, ...] = ()
 
 

@@ -12,6 +12,7 @@ from coordinator.model import LateEvidence, Pair, Plan, PlannedDisk, RunOptions
 from coordinator.planned_steps import is_off, planned_steps, power_of
 from coordinator.refusals import find_refusals
 from coordinator.rooms import rooms
+from coordinator.steps_sync import lifted_words
 from protocol.messages import Condition, Power, Side, Tracking
 
 WHY_DIGESTS = (
@@ -68,6 +69,12 @@ def _why_not_tracked(case: Case, replica: DiskCase) -> str:
     if case.options.track is Tracking.NONE:
         return WHY_UNTRACKED
     format_ = replica.disk.chain[0].format
+    if format_ == HAS_BITMAPS:
+        return (
+            "the image is qcow2 of the old version 2 (compat=0.10), which holds no dirty bitmaps, and overlays are for "
+            f"raw disks; `qemu-img amend -f qcow2 -o compat=1.1 {replica.disk.chain[0].path}` while "
+            f"{replica.vm.ref.name} is off makes it one that does"
+        )
     return f"{format_} has no dirty bitmaps ({HAS_BITMAPS} has); --track overlay records what is written to it"
 
 
@@ -82,6 +89,10 @@ def _notes(case: Case) -> Iterator[str]:
             "The original is torn already: an earlier run wrote to it and did not finish, so it must not boot until "
             "this one has."
         )
+    vm = case.vm(Side.ORIGINAL)
+    if vm is not None and vm.vm.lifted is not None and vm.vm.fence is None:
+        words = lifted_words(vm.vm.lifted, original.host)
+        yield f"{words[:1].upper()}{words[1:]}."
     if is_off(case):
         yield f"The replica {replica.name} is off: one pass is enough, and nobody is served meanwhile."
     elif power_of(case, Side.REPLICA) is Power.RUNNING:

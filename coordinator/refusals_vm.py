@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.cures import register_again
+from coordinator.divergence import since_when
 from coordinator.findings import NO_VM, SIDES, Case, Problem, VmCase, clause, held_images
 from protocol.messages import Power, Side, VmDescription
 
@@ -65,11 +66,7 @@ def both_running(case: Case) -> Iterator[Objection]:
     if original is None or replica is None or case.options.power_off_original:
         return
     if original.vm.power is Power.RUNNING:
-        since = (
-            f"the replica took over at {case.findings.failover_since}, since when the original runs is not recorded"
-            if case.findings.failover_since
-            else "since when it runs is not recorded"
-        )
+        since = since_when(case)
         beside = (
             "and the replica run at once" if replica.vm.power is Power.RUNNING else "runs while its replica is newest"
         )

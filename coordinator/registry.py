@@ -73,9 +73,9 @@ def check_epoch(connection: Connection, name: str, epoch: int) -> None:
         )
 
 
-def raise_epoch(connection: Connection, name: str) -> int:
-    """Take the pair over: the new, highest epoch."""
-    epoch = get_pair(connection, name).epoch + 1
+def raise_epoch(connection: Connection, name: str, *, above: int = 0) -> int:
+    """Take the pair over: the new, highest epoch; higher than `above` too, which an agent has seen."""
+    epoch = max(get_pair(connection, name).epoch, above) + 1
     _set(connection, name, epoch=epoch)
     return epoch
 

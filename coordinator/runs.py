@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import trio
 
-from coordinator import journal, registry, takeover
+from coordinator import journal, pair_holder, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
 from coordinator.audit_wait import end_audit, have_audit
 from coordinator.called_off import check_word
@@ -86,13 +87,17 @@ class Coordinator:
         self._agents: AgentDirectory | None = agents
         self._stack = AsyncExitStack()
         self._store: Store | None = None
+        self.rebuilds = False  # set before it is entered: a registry that is gone begins anew, to be rebuilt
+        self._place = ""
         self._owes = False  # whether an original must be fenced at the first contact with its host
 
     async def __aenter__(self) -> Self:
-        """Open the database (made if missing)."""
-        database = await trio.to_thread.run_sync(Database.open, self.config.database)
+        """Open the database (made if there never was one)."""
+        opening = partial(Database.open, self.config.database, anew=self.rebuilds)
+        database = await trio.to_thread.run_sync(opening)
         self._stack.callback(database.close)
         self._store = self._make_store(database)
+        self._place = await trio.to_thread.run_sync(pair_holder.place_of, self.config)
         self._owes = bool(await self._store.read(owed))
         if self._given_agents is None:
             self._agents = await self._stack.enter_async_context(open_agents(self.config))
@@ -159,6 +164,19 @@ class Coordinator:
             return findings
         return replace(findings, samples=await take_samples(self.agents, found, seed=int(self.tokens(8), 16)))
 
+    async def take_pair(self, pair: str) -> str:
+        """Take the pair from whichever coordinator holds it on the agents, under an epoch above any they have seen;
+        a sentence on what was taken. What ran there has ended when this returns.
+
+        Raises:
+            PairBusy: a process of this very registry works on the run.
+            HostUnreachable, AgentRefused: neither agent could be asked, or one that was asked refused.
+        """
+        with pair_lock(self.config.state_dir, (await self.get_pair(pair)).name):
+            return await pair_holder.take_pair(
+                self.agents, self._db, await self.get_pair(pair), self._place, self._author()
+            )
+
     # --- a run --------------------------------------------------------------------------------------------------
 
     async def check_start(self, pair: str) -> Pair:
@@ -176,6 +194,7 @@ class Coordinator:
         if options.switch is SwitchPolicy.AT:
             check_switch_time(options.switch_at_s, self.clock.wall_s())
         run, author = f"r{self.tokens(RUN_ID_BYTES)}", self._author()
+        await pair_holder.check_held(self.agents, await self.get_pair(pair), self._place)
         with pair_lock(self.config.state_dir, pair):
             await self._db.write(lambda connection: takeover.start(connection, pair, run, options, author))
         return run
@@ -422,6 +441,7 @@ class Coordinator:
     ) -> Outcome:
         check_verb(await self.get_pair(pair), verb)
         author = self._author()
+        await pair_holder.check_held(self.agents, await self.get_pair(pair), self._place)
         with pair_lock(self.config.state_dir, pair):
             taken = await self._db.write(
                 lambda connection: takeover.take_over(
@@ -440,6 +460,7 @@ class Coordinator:
                 tokens=self.tokens,
                 observer=observer,
                 actor=self.actor,
+                place=self._place,
             )
             return await Engine(context, stop).work()
 

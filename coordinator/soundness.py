@@ -32,6 +32,7 @@ CHECK_EVERY = 10_000
 """So many steps of SQLite's machine between two looks at the clock: some 100 µs."""
 
 RESTORE = "put back a copy that `failback backup` made (docs/JOURNAL.md says how); nothing was changed"
+REBUILD = "without a copy, `failback adopt HOST...` rebuilds it from what the agents know"
 SMALLEST_BYTES = 512
 """Of a database with anything in it: one page (https://www.sqlite.org/fileformat.html)."""
 LITTLE_ROOM_BYTES = 1 << 20
@@ -94,8 +95,8 @@ def check_place(path: Path) -> None:
         )
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is a registry; False: there never was one, so that it may be made.
+def is_there(path: Path, *, anew: bool = False) -> bool:
+    """Whether there is a registry; False: there never was one, or it is to begin `anew`, so that it may be made.
 
     Raises:
         DatabaseError: there was one and it is gone, or cut to nothing, or may not be read and written.
@@ -106,11 +107,11 @@ def is_there(path: Path) -> bool:
                 f"the registry {path} is a link to {path.readlink()}, which is not there: mount its disk"
             )
         left = [name for name in (f"{path.name}-wal", f"{path.name}-shm") if (path.parent / name).exists()]
-        left += [f"run/{lock.name}" for lock in sorted((path.parent / "run").glob("*.lock"))]
+        if not anew:
+            left += [f"run/{lock.name}" for lock in sorted((path.parent / "run").glob("*.lock"))]
         if left:
             raise DatabaseError(
-                f"the registry {path} is gone, but {left[0]} beside it shows that there was one: "
-                f"{RESTORE}; only to begin with an empty registry, move {path.parent} away"
+                f"the registry {path} is gone, but {left[0]} beside it shows that there was one: {RESTORE}; {REBUILD}"
             )
         return False
     size_bytes = path.stat().st_size

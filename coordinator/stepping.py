@@ -10,7 +10,7 @@ from coordinator import journal
 from coordinator.audit import END_AUDIT
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind, Phase
-from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, NeedsOperator
+from coordinator.errors import HELD, STALE_EPOCH, AgentRefused, CoordinatorError, NeedsOperator
 from coordinator.events import StepDone, StepFailed, StepStarted
 from coordinator.model import OnFailure, State
 from coordinator.records import Record
@@ -31,8 +31,8 @@ class Interrupted(Exception):
 
 
 def is_ours_no_more(error: CoordinatorError) -> bool:
-    """Whether another process has taken the run over."""
-    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code == STALE_EPOCH)
+    """Whether another process has taken the run over, or another coordinator holds the pair."""
+    return isinstance(error, Superseded) or (isinstance(error, AgentRefused) and error.code in (STALE_EPOCH, HELD))
 
 
 class Stepper:

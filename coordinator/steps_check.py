@@ -7,11 +7,10 @@ from coordinator.audit import AUDIT, differences
 from coordinator.checks import close_frozen, run_check
 from coordinator.context import LIFT_ORIGINAL_FENCE, RunContext
 from coordinator.entries import EntryKind
-from coordinator.errors import AgentRefused, CoordinatorError
+from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, is_silent
 from coordinator.model import State
 from coordinator.records import CheckRecord, DigestMap, MapsRecord, Nothing, PassRecord, Record
 from coordinator.steps import Step, StepFailed, prove_off, take_fence
-from coordinator.steps_sync import FORBIDDEN
 from protocol.messages import AskEvidence, CloseView, Done, Evidence, PassKind, Side
 
 LAST_PASS = "last_pass"
@@ -61,7 +60,7 @@ async def require_untouched(context: RunContext, view: str) -> None:
     was. Where this process has verified the storage in full, more than that is proven.
 
     Raises:
-        StepFailed: a disk is not proven to equal the view any more.
+        StepFailed: a disk is not proven to equal the view any more, or its agent does not say.
     """
     full = context.log.last(VerifyFull.name)
     switching = context.log.seq_of_state(State.SWITCHING.value)
@@ -71,9 +70,14 @@ async def require_untouched(context: RunContext, view: str) -> None:
     try:
         disks = (await ask(context.target, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)).disks
     except AgentRefused as error:
-        if error.code != FORBIDDEN:
+        if is_silent(error) or error.code == STALE_EPOCH:
             raise
-        return  # an agent that does not know the question
+        # One that will not say what its disks equal proves nothing, whatever its reason.
+        raise StepFailed(
+            f"the agent on {context.target.host} does not say what the original's disks hold "
+            f"({error.sentence.rstrip('.')}): it must not start; mend that, or fail the pair back with --verify full",
+            code="not-verified",
+        ) from error
     for disk in disks:
         if disk.equals != view:
             why = disk.why_not.rstrip(".") or f"it equals {disk.equals}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from sqlalchemy import Connection
 
 from coordinator import registry
@@ -45,6 +47,7 @@ from protocol.messages import (
     EndTracking,
     HostDescription,
     ImageDescription,
+    LiftDescription,
     LiftFence,
     OnTimeout,
     Power,
@@ -240,6 +243,15 @@ async def found_off(context: RunContext, side: Side) -> Finding:
     return Finding(verdict=Verdict.DONE, record=PowerOffRecord(was_running=True, forced=False, guest_s=0.0))
 
 
+def lifted_words(lifted: LiftDescription, host: str) -> str:
+    """That a person lifted the fence of the original by hand."""
+    when = datetime.fromtimestamp(lifted.at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (
+        f"the fence of the original on {host} was lifted by hand at {when} by {lifted.by} ({lifted.reason}), when its "
+        f"disks were {lifted.condition.value}; nothing is known of what was written to them since"
+    )
+
+
 class FenceOriginal(Step):
     """Autostart off and image locks, held by the agent."""
 
@@ -251,7 +263,10 @@ class FenceOriginal(Step):
 
     async def do(self, context: RunContext) -> FenceRecord:
         """Take the fence, remember the autostart of before, and make both flags agree."""
-        before = (await inspect(context, Side.ORIGINAL)).fence
+        found = await inspect(context, Side.ORIGINAL)
+        before = found.fence
+        if found.lifted is not None and before is None:
+            await context.notice(lifted_words(found.lifted, context.target.host))
         fence = await take_fence(context, Side.ORIGINAL)
         await context.remember_autostart(fence.autostart_before)
         condition, _ = await settle_flag(context, before, fence)

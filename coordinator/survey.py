@@ -15,11 +15,14 @@ from coordinator.findings import NO_VM, VERSION, Findings, Problem, SideFindings
 from coordinator.model import Pair, State, VmRef
 from protocol.errors import PeerEnded
 from protocol.messages import (
+    AskEvidence,
     AskPower,
     DescribeHost,
+    Evidence,
     HostDescription,
     InspectVm,
     PowerAnswer,
+    TargetEvidence,
     VmDescription,
 )
 
@@ -37,11 +40,14 @@ async def survey(
         UsageError: our own certificates cannot be read.
     """
     answers: dict[str, SideFindings] = {}
+    clock = clock or SystemClock()
+    ahead: dict[str, float | None] = {}
     ours: list[UsageError] = []
 
     async def take(name: str, ref: VmRef) -> None:
         try:
-            answers[name] = await survey_side(agents.agent(ref.host), ref)
+            targets = tuple(disk.original for disk in pair.disks) if name == "original" else ()
+            answers[name] = await survey_side(agents.agent(ref.host), ref, fenced_targets=targets)
         except UsageError as error:
             ours.append(error)
 
@@ -50,20 +56,22 @@ async def survey(
         nursery.start_soon(take, "replica", pair.replica)
     if ours:
         raise ours[0]
-    host = answers["original"].host
-    told = isinstance(host, HostDescription) and host.clock_s
+    for name, answer in answers.items():
+        told = isinstance(answer.host, HostDescription) and answer.host.clock_s
+        ahead[name] = told - clock.wall_s() if told else None
     since = None if failover_s is None else datetime.fromtimestamp(failover_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return Findings(
         original=answers["original"],
         replica=answers["replica"],
         failover_since=since,
         failover_s=failover_s,
-        original_ahead_s=told - (clock or SystemClock()).wall_s() if told else None,
+        original_ahead_s=ahead["original"],
+        replica_ahead_s=ahead["replica"],
     )
 
 
-async def survey_side(agent: Agent, ref: VmRef) -> SideFindings:
-    """What one agent says of its host and of that VM."""
+async def survey_side(agent: Agent, ref: VmRef, *, fenced_targets: tuple[str, ...] = ()) -> SideFindings:
+    """What one agent says of its host and of that VM; and, where it fences the VM, of these of its disks."""
     agent = NamingAgent(agent, ref)
     try:
         host = await ask(agent, DescribeHost(), HostDescription, timeout_s=QUESTION_TIMEOUT_S)
@@ -74,7 +82,9 @@ async def survey_side(agent: Agent, ref: VmRef) -> SideFindings:
         namesake = await _inspect(agent, ref.name)  # the same name under another UUID: redefined, not gone
         vm = vm if isinstance(namesake, Problem) else namesake
     power = None if isinstance(vm, Problem) else await _power(agent, vm.uuid)
-    return SideFindings(host=host, vm=vm, power=power)
+    fenced = isinstance(vm, VmDescription) and vm.fence is not None
+    evidence = await _evidence(agent, ref.uuid, fenced_targets) if fenced and fenced_targets else ()
+    return SideFindings(host=host, vm=vm, power=power, evidence=evidence)
 
 
 def failover_since(history: Iterable[JournalEntry]) -> float | None:
@@ -102,3 +112,11 @@ async def _power(agent: Agent, uuid: str) -> PowerAnswer | None:
         return await ask(agent, AskPower(vm_uuid=uuid), PowerAnswer, timeout_s=QUESTION_TIMEOUT_S)
     except (HostUnreachable, AgentRefused):
         return None
+
+
+async def _evidence(agent: Agent, uuid: str, targets: tuple[str, ...]) -> tuple[TargetEvidence, ...]:
+    try:
+        question = AskEvidence(vm_uuid=uuid, targets=targets)
+        return (await ask(agent, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)).disks
+    except (HostUnreachable, AgentRefused):
+        return ()

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coordinator.context import RunContext
 from coordinator.entries import EntryKind
 from coordinator.model import LateEvidence, State
 from coordinator.prediction import measure, predict
-from coordinator.records import PowerOffRecord, Prediction, TrackingRecord
+from coordinator.records import PowerOffRecord, Prediction, TrackingRecord, ViewRecord
 from coordinator.rounds import PREDICTED
 from coordinator.serving import Move, known_now
 from coordinator.stepping import Stepper
-from coordinator.steps_switch import SWITCH_STEPS, FenceReplica, ReplicaOff
+from coordinator.steps_switch import SWITCH_STEPS, FenceReplica, LastPass, OpenLastView, ProtectReplica, ReplicaOff
 from coordinator.steps_sync import READ_TRACKING, SYNC_STEPS
 from coordinator.timing import LATE_RETURN
 
 RENEWED_IN_SWITCHOVER = tuple(step for step in SYNC_STEPS if step.lasts_until == "verify")
 """What a process that takes over inside the switchover must set up again."""
-BEFORE_PROTECT = next(index for index, step in enumerate(SWITCH_STEPS) if step.name == READ_TRACKING) + 1
-"""So many steps of the switchover until everything is known that may send the replica back into service."""
+
+
+def _steps_until(name: str) -> int:
+    """So many steps of the switchover until that one is done."""
+    return next(index for index, step in enumerate(SWITCH_STEPS) if step.name == name) + 1
+
+
+BEFORE_PROTECT = _steps_until(READ_TRACKING)
+"""So many until everything is known that may send the replica back into service."""
+BEFORE_LAST_PASS = _steps_until(OpenLastView.name)
+"""So many until the last view has shown whether that still holds."""
 WEIGHED = "weighed"
 """Name of the note with the prediction after the power-off."""
+WEIGHED_AGAIN = "weighed_again"
+"""Of the one with the last view open, where evidence fell in between."""
 AGREED_TIMES, AGREED_MORE_S = 2.0, 60.0
 """Without --max-downtime what was predicted is agreed, up to this many times and at least this much more."""
 
@@ -48,8 +61,13 @@ class Switching:
             await self._return()
         await stepper.run((*RENEWED_IN_SWITCHOVER, *SWITCH_STEPS[:BEFORE_PROTECT]), boundary=answer)
         if context.log.is_done(READ_TRACKING) and not self._since(WEIGHED):
-            await self._weigh()
-        await stepper.run(SWITCH_STEPS[BEFORE_PROTECT:], boundary=answer)
+            tracking = context.log.result(READ_TRACKING, TrackingRecord)
+            assert tracking is not None  # the step before
+            await self._weigh(tracking, WEIGHED)
+        await stepper.run(SWITCH_STEPS[BEFORE_PROTECT:BEFORE_LAST_PASS], boundary=answer)
+        if not self._since(WEIGHED_AGAIN):
+            await self._weigh_again()
+        await stepper.run(SWITCH_STEPS[BEFORE_LAST_PASS:], boundary=answer)
 
     def _since(self, note: str) -> bool:
         """Whether that note was written in this switchover."""
@@ -59,17 +77,39 @@ class Switching:
     def _has_begun_to_return(self) -> bool:
         return self._since(LATE_RETURN)
 
-    async def _weigh(self) -> None:
-        """Once what the replica recorded is known: is the downtime still what was agreed?"""
+    async def _weigh_again(self) -> None:
+        """Once the last view is open: does it know what was read a moment ago? Nothing was written to the original by
+        then, so that the replica can still go back into service."""
         context = self._context
         tracking = context.log.result(READ_TRACKING, TrackingRecord)
-        assert tracking is not None  # the step before
+        opened = context.log.result(OpenLastView.name, ViewRecord)
+        if tracking is None or opened is None or self._begun(LastPass.name):
+            return
+        shown = {disk.target: disk for disk in opened.disks}
+        now = tuple(
+            replace(disk, since=None, dirty_bytes=0, why_not=shown[disk.target].why_not)
+            if disk.target in shown and shown[disk.target].since is None
+            else disk
+            for disk in tracking.disks
+        )
+        if now != tracking.disks:
+            await self._weigh(TrackingRecord(disks=now), WEIGHED_AGAIN)
+
+    def _begun(self, step: str) -> bool:
+        """Whether that step was begun in this switchover."""
+        log = self._context.log
+        since = log.seq_of_state(State.SYNCING.value)
+        return any(entry.kind is EntryKind.INTENT and entry.seq > since for entry in log.of_step(step))
+
+    async def _weigh(self, tracking: TrackingRecord, note: str) -> None:
+        """Once what the replica recorded is known: is the downtime still what was agreed?"""
+        context = self._context
         known = await known_now(context)
         measured = measure(context.log, known)
         lost = [d for d in tracking.disks if d.since is None and d.target in measured.tracked]
         prediction = predict(context.log, known, measured, read=tracking)
         if not lost:
-            await context.write(EntryKind.NOTE, WEIGHED, record=prediction, sentence=_left(prediction))
+            await context.write(EntryKind.NOTE, note, record=prediction, sentence=_left(prediction))
             return
         agreed_s = self._agreed_s()
         off = context.log.result(ReplicaOff.name, PowerOffRecord)
@@ -83,7 +123,7 @@ class Switching:
             await context.write(EntryKind.NOTE, LATE_RETURN, record=prediction, sentence=reason)
             context.tell(reason)
             await self._return()
-        await context.write(EntryKind.NOTE, WEIGHED, record=prediction, sentence=sentence)
+        await context.write(EntryKind.NOTE, note, record=prediction, sentence=sentence)
         context.tell(f"{sentence}; the switchover goes on")
 
     def _agreed_s(self) -> float:
@@ -95,11 +135,12 @@ class Switching:
         return max(AGREED_TIMES * total_s, total_s + AGREED_MORE_S)
 
     async def _return(self) -> None:
-        """Fence lifted, replica on, back to *Syncing*; what is still recorded stays for the next round."""
+        """Last view closed, snapshot dropped, fence lifted, replica on, back to *Syncing*; what is still recorded stays
+        for the next round. The original was not written to."""
         log = self._context.log
         reason = log.notes(LATE_RETURN)[-1].sentence
-        for step in (FenceReplica(), ReplicaOff()):
-            if log.stands(step.name):
+        for step in (OpenLastView(), ProtectReplica(), FenceReplica(), ReplicaOff()):
+            if self._begun(step.name) and log.stands(step.name):
                 await self._stepper.take_back(step)
         await self._move(State.SYNCING, reason=reason)
         raise ReturnedToService

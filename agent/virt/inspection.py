@@ -17,7 +17,9 @@ from agent.virt.domain_xml import (
     parse_domain,
     parse_snapshot,
 )
+from agent.virt.lifetime import lifetime
 from agent.virt.names import is_ours
+from agent.virt.places import Places
 from agent.virt.seam import Domain, DomainDisk, Image, PowerState, Snapshot, SourceKind
 
 _STATES = {
@@ -73,10 +75,11 @@ def running_job(domain: Any, targets: tuple[str, ...]) -> str | None:
     return None
 
 
-def inspect(domain: Any, *, scratch_dir: Path, qemu_img: str) -> Domain:
+def inspect(domain: Any, places: Places) -> Domain:
     """Everything a plan needs. What runs is read from the live XML, which is the inactive one when nothing runs."""
     facts = parse_domain(domain.XMLDesc(0))
     persistent = bool(domain.isPersistent())
+    lived = lifetime(facts.name, places.log_dir, places.run_dir)
     return Domain(
         uuid=facts.uuid,
         name=facts.name,
@@ -89,10 +92,13 @@ def inspect(domain: Any, *, scratch_dir: Path, qemu_img: str) -> Domain:
         firmware=facts.firmware,
         has_tpm=facts.has_tpm,
         passthrough=facts.passthrough,
-        disks=tuple(_disk(disk, scratch_dir, qemu_img) for disk in facts.disks),
+        disks=tuple(_disk(disk, places.scratch_dir, places.qemu_img) for disk in facts.disks),
         snapshots=tuple(_snapshot(snapshot) for snapshot in domain.listAllSnapshots(0)),
         checkpoints=tuple(c.name for c in all_checkpoints(domain) if not is_ours(c.name, c.description)),
         job=running_job(domain, facts.drives),
+        running_since_s=lived.running_since_s,
+        last_started_s=lived.started_s,
+        last_stopped_s=lived.stopped_s,
     )
 
 

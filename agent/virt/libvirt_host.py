@@ -13,7 +13,7 @@ import libvirt
 from agent.errors import HypervisorError, NoSuchDomain
 from agent.virt import checkpoints, guest_agent, inspection, overlays, protection, views
 from agent.virt.connection import Connection, errors_of
-from agent.virt.places import Places, lib_dir_of
+from agent.virt.places import Places, lib_dir_of, log_and_run_dir_of
 from agent.virt.seam import (
     NO_EARLIER_VIEW,
     Domain,
@@ -53,7 +53,14 @@ class LibvirtHost:
 
     def __init__(self, uri: str, *, scratch_dir: Path, lib_dir: Path | None = None, qemu_img: str = "qemu-img") -> None:
         self._connection = Connection(uri)
-        self._places = Places(lib_dir=lib_dir or lib_dir_of(uri), scratch_dir=scratch_dir, qemu_img=qemu_img)
+        log_dir, run_dir = log_and_run_dir_of(uri)
+        self._places = Places(
+            lib_dir=lib_dir or lib_dir_of(uri),
+            log_dir=log_dir,
+            run_dir=run_dir,
+            scratch_dir=scratch_dir,
+            qemu_img=qemu_img,
+        )
         self._agent_shutdowns = guest_agent.AgentShutdowns()
 
     def facts(self) -> HostFacts:
@@ -77,7 +84,7 @@ class LibvirtHost:
         """See `agent.virt.seam.Hypervisor.inspect`."""
         domain = self._connection.domain(uuid)
         with errors_of("inspection", uuid):
-            return inspection.inspect(domain, scratch_dir=self._places.scratch_dir, qemu_img=self._places.qemu_img)
+            return inspection.inspect(domain, self._places)
 
     def state(self, uuid: str) -> PowerState:
         """See `agent.virt.seam.Hypervisor.state`."""

@@ -14,11 +14,14 @@ class Places:
 
     Attributes:
         lib_dir: the QEMU driver's folder, in which each running domain has its own ``domain-ID-NAME``.
+        log_dir, run_dir: where it keeps each domain's log and PID file.
         scratch_dir: for scratch files (and overlays) of disks that are block devices.
         qemu_img: the program to call.
     """
 
     lib_dir: Path
+    log_dir: Path
+    run_dir: Path
     scratch_dir: Path
     qemu_img: str
 
@@ -31,3 +34,16 @@ def lib_dir_of(uri: str) -> Path:
     if parts.path == "/session":
         return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "libvirt", "qemu", "lib")
     return Path("/var/lib/libvirt/qemu")
+
+
+def log_and_run_dir_of(uri: str) -> tuple[Path, Path]:
+    """The QEMU driver's folders for the logs and the PID files of its domains, by connection URI."""
+    parts = urlsplit(uri)
+    if parts.path == "/embed":
+        root = Path(parse_qs(parts.query).get("root", ["/"])[0])
+        return root / "log" / "qemu", root / "run" / "qemu"
+    if parts.path == "/session":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or cache)
+        return cache / "libvirt" / "qemu" / "log", runtime / "libvirt" / "qemu" / "run"
+    return Path("/var/log/libvirt/qemu"), Path("/run/libvirt/qemu")

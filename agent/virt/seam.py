@@ -119,6 +119,9 @@ class Domain:
     snapshots: tuple[Snapshot, ...]
     checkpoints: tuple[str, ...]  # those of others; ours are no obstacle to anybody
     job: str | None  # a job or block job that is running: backup, migration, "block copy of vda" …
+    running_since_s: float = 0.0  # when its process started, seconds since 1970; 0: it does not run, or not known
+    last_started_s: float = 0.0  # when it was started and stopped last, by its log; 0: the log does not tell
+    last_stopped_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ def command(session: Session, hosts: tuple[str, ...], yes: bool) -> int:
     async def look(coordinator: Coordinator) -> tuple[tuple[Proposal, ...], dict[str, Problem]]:
         return await propose(coordinator.doctor(), hosts)
 
-    proposals, silent = session.run(look)
+    proposals, silent = session.run(look, rebuilds=True)
     for problem in silent.values():
         session.output.say(problem.sentence)
     for proposal in proposals:
@@ -53,7 +53,7 @@ def command(session: Session, hosts: tuple[str, ...], yes: bool) -> int:
                 failed.append(error)
         return taken, failed
 
-    taken, failed = session.run(take) if able else ([], [])
+    taken, failed = session.run(take, rebuilds=True) if able else ([], [])
     for pair in taken:
         session.output.say(f"Adopted {pair.name}: {pair.state.value}. Next: `failback doctor {pair.name}`.")
     for error in failed:

@@ -7,11 +7,13 @@ import click
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.session import Session
 from coordinator.cli.start import Declined
+from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, work_here
 from coordinator.events import Outcome
 from coordinator.model import RestorePoint
 from coordinator.runs import Coordinator
+from coordinator.states import Verb
 
 
 @verb("commit", "Make a failback final.")
@@ -29,8 +31,9 @@ from coordinator.runs import Coordinator
     help="Have the audit's result first (default), or commit without it. A difference forbids the commit either way.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@take_over_option
 @click.pass_obj
-def command(session: Session, pair: str, restore_point: str, wait_audit: bool, yes: bool) -> int:
+def command(session: Session, pair: str, restore_point: str, wait_audit: bool, yes: bool, take_over: bool) -> int:
     """Make the failback of PAIR final: it cannot be undone any more, the replica stands by again.
 
     Waits for the audit of the run, and does it where no process works on it. An audit that found a difference forbids
@@ -42,6 +45,8 @@ def command(session: Session, pair: str, restore_point: str, wait_audit: bool, y
     """
     if not session.confirm(f"Make the failback of {pair} final? It cannot be undone then.", yes=yes, action="commit"):
         raise Declined("not committed, nothing was touched", pair=pair)
+
+    take_first(session, pair, Verb.COMMIT, take_over=take_over)
 
     async def committing(coordinator: Coordinator) -> Outcome:
         return await work_here(

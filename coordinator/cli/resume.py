@@ -7,6 +7,7 @@ import click
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.service import ServiceFailed, unit_of
 from coordinator.cli.session import Session
+from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, watch_run, work_here
 from coordinator.errors import ExitCode, UsageError
@@ -21,8 +22,11 @@ from coordinator.states import TABLE, Verb, check_verb
 @click.option("--foreground", is_flag=True, help="Work in this process, even where systemd could do it.")
 @click.option("--unit", is_flag=True, hidden=True, help="Work here, as the pair's unit: exit code 0 at rest.")
 @click.option("--all-unfinished", is_flag=True, hidden=True, help="Every unfinished run; for failback-resume.service.")
+@take_over_option
 @click.pass_obj
-def command(session: Session, pair: str | None, foreground: bool, unit: bool, all_unfinished: bool) -> int:
+def command(
+    session: Session, pair: str | None, foreground: bool, unit: bool, all_unfinished: bool, take_over: bool
+) -> int:
     """Go on with the unfinished run of PAIR after a crash, a stop or a repaired failure.
 
     Every step that was begun is probed against reality first; nothing whose outcome is unknown is repeated blindly.
@@ -36,6 +40,7 @@ def command(session: Session, pair: str | None, foreground: bool, unit: bool, al
         raise UsageError("say which pair to resume, as in `failback resume web1`")
     if pair is None:
         return _resume_all(session, foreground=foreground)
+    take_first(session, pair, Verb.RESUME, take_over=take_over)
     if unit:
         return _work_as_unit(session, pair)
     why_here = "--foreground was given" if foreground else session.why_not_systemd()

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,10 +22,10 @@ from coordinator.runs import Coordinator
 
 T = TypeVar("T")
 Loader = Callable[[Path | None], Config]
-Opener = Callable[[Config, str], AbstractAsyncContextManager[Coordinator]]
+Opener = Callable[[Config, str], Coordinator]
 
 
-def open_coordinator(config: Config, actor: str) -> AbstractAsyncContextManager[Coordinator]:
+def open_coordinator(config: Config, actor: str) -> Coordinator:
     """The real one."""
     return Coordinator(config, actor=actor)
 
@@ -75,11 +74,16 @@ class Session:
             return "only root may start the unit"
         return self.systemd.why_unusable()
 
-    def run(self, work: Callable[[Coordinator], Awaitable[T]]) -> T:
-        """Open the coordinator, do the work, close it; an error comes out as itself, never in a group."""
+    def run(self, work: Callable[[Coordinator], Awaitable[T]], *, rebuilds: bool = False) -> T:
+        """Open the coordinator, do the work, close it; an error comes out as itself, never in a group.
+
+        `rebuilds`: the work rebuilds a registry, so that one that is gone is no reason against it.
+        """
 
         async def opened() -> T:
-            async with self.opener(config, actor()) as coordinator:
+            coordinator = self.opener(config, actor())
+            coordinator.rebuilds = rebuilds
+            async with coordinator:
                 return await work(coordinator)
 
         config = self.config()

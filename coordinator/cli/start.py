@@ -12,12 +12,14 @@ from coordinator.cli.planning import chosen_options, plan_run, refused, run_opti
 from coordinator.cli.report_view import show_plan
 from coordinator.cli.service import unit_of
 from coordinator.cli.session import Session
+from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, watch_run, work_here
 from coordinator.errors import CoordinatorError, ExitCode
 from coordinator.events import Outcome
 from coordinator.model import Plan, RunOptions, State
 from coordinator.runs import Coordinator
+from coordinator.states import Verb
 
 
 class Declined(CoordinatorError):
@@ -31,8 +33,9 @@ class Declined(CoordinatorError):
 @run_options
 @click.option("--foreground", is_flag=True, help="Work in this process, even where systemd could do it.")
 @click.option("--yes", is_flag=True, help="Do not ask after showing the plan.")
+@take_over_option
 @click.pass_obj
-def command(session: Session, /, pair: str, foreground: bool, yes: bool, **chosen: Any) -> int:
+def command(session: Session, /, pair: str, foreground: bool, yes: bool, take_over: bool, **chosen: Any) -> int:
     """Fail PAIR back: copy what differs while the replica serves, switch over, verify, start the original.
 
     Shows the plan and asks. Whatever speaks against it is listed whole, and nothing is touched (exit code 3). Where
@@ -57,6 +60,7 @@ def command(session: Session, /, pair: str, foreground: bool, yes: bool, **chose
     session.output.say()
     if not session.confirm(f"Fail {pair} back now?", yes=yes, action="start"):
         raise Declined("not started, nothing was touched", pair=pair)
+    take_first(session, pair, Verb.START, take_over=take_over)
     why_here = "--foreground was given" if foreground else session.why_not_systemd()
     if why_here is None:
         run = session.run(lambda coordinator: coordinator.start_run(pair, options))

@@ -9,10 +9,12 @@ import click
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.session import Session
 from coordinator.cli.start import Declined
+from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, work_here
 from coordinator.events import Observer, Outcome
 from coordinator.runs import Coordinator
+from coordinator.states import Verb
 
 
 @verb("undo", "Take a failback back.")
@@ -23,8 +25,9 @@ from coordinator.runs import Coordinator
     metavar="HOST",
     help="You made sure yourself that the original is off, and stays off: its host, named here, cannot be asked.",
 )
+@take_over_option
 @click.pass_obj
-def command(session: Session, pair: str, yes: bool, original_is_off: str | None) -> int:
+def command(session: Session, pair: str, yes: bool, original_is_off: str | None, take_over: bool) -> int:
     """Take the failback of PAIR back: the original goes off, the replica serves again with exactly its own data.
 
     Says how long the original ran; what it wrote since then stays behind on its disks. Then asks.
@@ -46,6 +49,8 @@ def command(session: Session, pair: str, yes: bool, original_is_off: str | None)
         )
     if not session.confirm(f"Undo the failback of {pair}?", yes=yes, action="undo"):
         raise Declined("not undone, nothing was touched", pair=pair)
+
+    take_first(session, pair, Verb.UNDO, take_over=take_over)
 
     def _undo(coordinator: Coordinator, observer: Observer) -> Awaitable[Outcome]:
         return coordinator.undo(pair, observer=observer, original_is_off=original_is_off)

@@ -62,6 +62,7 @@ from protocol.messages.orders import (
     ProtectedDisk,
     ReadTracking,
     SetCondition,
+    TakePair,
     TrackingRead,
     Unprotect,
     ViewedDisk,
@@ -80,6 +81,7 @@ from protocol.messages.passes import (
     SetLimits,
 )
 from protocol.messages.questions import (
+    AskAuthority,
     AskEvidence,
     AskPower,
     BlockSamples,
@@ -90,6 +92,8 @@ from protocol.messages.questions import (
     HostDescription,
     ImageDescription,
     InspectVm,
+    LiftDescription,
+    PairAuthority,
     Ping,
     Pong,
     PowerAnswer,
@@ -103,6 +107,7 @@ from protocol.messages.words import (
     Codec,
     Condition,
     Direction,
+    HookState,
     OnTimeout,
     Order,
     PassKind,
@@ -115,7 +120,9 @@ from protocol.messages.words import (
 PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
-Question = DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings
+Question = (
+    DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings | AskAuthority
+)
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -132,6 +139,7 @@ OrderRequest = (
     | AllowPass
     | RunPass
     | SetLimits
+    | TakePair
     | RememberPair
     | CleanLeftovers
     | ForgetPair
@@ -143,6 +151,7 @@ Reply = (
     | PowerAnswer
     | Evidence
     | BlockSamples
+    | PairAuthority
     | Pong
     | Done
     | PoweredOff
@@ -174,6 +183,7 @@ BulkMessage = (
 __all__ = [
     "PROTOCOL_VERSIONS",
     "AllowPass",
+    "AskAuthority",
     "AskEvidence",
     "AskHoldings",
     "AskPower",
@@ -219,15 +229,18 @@ __all__ = [
     "HeldServer",
     "Hello",
     "Holdings",
+    "HookState",
     "HostDescription",
     "ImageDescription",
     "InspectVm",
+    "LiftDescription",
     "LiftFence",
     "MappedDisk",
     "OnTimeout",
     "OpenView",
     "Order",
     "OrderRequest",
+    "PairAuthority",
     "PairMap",
     "PassFailed",
     "PassKind",
@@ -259,6 +272,7 @@ __all__ = [
     "Side",
     "SnapshotDescription",
     "SpanAnswer",
+    "TakePair",
     "TargetEvidence",
     "TrackedSpan",
     "Tracking",

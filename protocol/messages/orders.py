@@ -15,6 +15,16 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakePair:
+    """A person says that the coordinator which holds the pair holds it no more: from now on the one that asks does,
+    under an epoch that must be higher than any seen. Every other order of another coordinator is refused (code
+    ``held``). Acknowledged when everything under the lower epoch has ended."""
+
+    order: Order
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoweredOff:
     """The VM is off."""
 
@@ -101,6 +111,7 @@ class ViewedDisk:
             this one.
         since: the earlier view since which this one knows what was written; None: it does not.
         why_not: why it is not tracked, or does not know: a sentence, or empty.
+        rung: by what it knows it, ``bitmap`` or ``overlay``; empty: not told.
     """
 
     target: str
@@ -108,6 +119,7 @@ class ViewedDisk:
     tracked: bool = False
     since: str | None = None
     why_not: str = ""
+    rung: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from protocol.messages.words import Condition, Power, Side
+from protocol.messages.words import Condition, HookState, Power, Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class HostDescription:
     missing_tools: tuple[str, ...]  # each "program (package)"
     clock_s: float = 0.0  # its wall clock as it answers, seconds since 1970; 0: not told
     state_free_bytes: int = 0  # room for digest maps, where the agent keeps its state; 0: not told
+    hook: HookState = HookState.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class ImageDescription:
     external_data: bool
     modified_s: float = 0.0  # when its file was last written, seconds since 1970 by that host's clock; 0: not known
     allocated_bytes: int = 0  # what it takes of its storage
+    keeps_bitmaps: bool | None = None  # whether its format can hold persistent dirty bitmaps; None: not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,19 @@ class FenceDescription:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LiftDescription:
+    """A person lifted the fence of a VM on its host: by whom, why, when (seconds since 1970 by that host's clock), of
+    which pair and run it was, and what the flag of the disks said then."""
+
+    pair: str
+    run: str
+    by: str
+    reason: str
+    at_s: float
+    condition: Condition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmDescription:
     """Answer to `InspectVm`."""
 
@@ -110,6 +125,10 @@ class VmDescription:
     job: str | None
     job_is_ours: bool
     fence: FenceDescription | None
+    lifted: LiftDescription | None = None  # until a run has fenced and released it again
+    running_since_s: float = 0.0  # when its process started, seconds since 1970; 0: it does not run, or not known
+    last_started_s: float = 0.0  # when it was started and stopped last, by its host's log; 0: the log does not tell
+    last_stopped_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +169,7 @@ class TargetEvidence:
             to be made where there is none yet; None: it keeps no maps.
         map_known_bytes: how much of the disk the map knows.
         why_no_map: a sentence, where that is nothing.
+        touched: somebody else has written to the disk since this agent left it; `why_not` says what tells so.
     """
 
     target: str
@@ -158,6 +178,7 @@ class TargetEvidence:
     map_seed: int | None
     map_known_bytes: int
     why_no_map: str
+    touched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +228,34 @@ class SampleBlocks:
     offsets: tuple[int, ...] = ()
     choose: int = 0
     reply: ClassVar[type] = BlockSamples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairAuthority:
+    """Answer to `AskAuthority`.
+
+    Attributes:
+        epoch: the highest seen, 0 where none was.
+        holder: whose it is, by the name in that coordinator's certificate and the place of its registry, in words.
+        is_you: whoever asks is that coordinator, with that registry; also where nobody holds the pair.
+        run: the run it came for.
+        since_s: when that coordinator first showed it, seconds since 1970 by the agent's clock.
+    """
+
+    epoch: int
+    holder: str
+    is_you: bool
+    run: str
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskAuthority:
+    """Which is the highest epoch you have seen for that pair, and who holds it? `place`: as in `Order`."""
+
+    pair: str
+    place: str = ""
+    reply: ClassVar[type] = PairAuthority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,16 @@ class Side(enum.Enum):
     REPLICA = "replica"
 
 
+class HookState(enum.Enum):
+    """Whether libvirt's own hook refuses to start fenced VMs on a host."""
+
+    UNKNOWN = "unknown"  # not told
+    INSTALLED = "installed"
+    MISSING = "missing"  # `failback-agent fence install` was not called
+    OUTDATED = "outdated"  # what lies there was written by another version, or for another agent
+    IMPOSSIBLE = "impossible"  # libvirt is embedded in the agent, or has no folder for hooks
+
+
 class Direction(enum.Enum):
     """What an agent does in a pass."""
 
@@ -62,11 +72,14 @@ class Codec(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Under whose authority an order comes: an agent obeys only the highest epoch it has seen for the pair."""
+    """Under whose authority an order comes: an agent obeys only the highest epoch it has seen for the pair, and only
+    the coordinator that holds it. `place` says which registry the order comes from, so that two with one certificate
+    are told apart by what follows its last #; empty: not told."""
 
     pair: str
     run: str
     epoch: int
+    place: str = ""
 
 
 class Tracking(enum.Enum):

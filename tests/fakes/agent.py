@@ -18,6 +18,7 @@ from coordinator.agents import Agent, ProgressCallback
 from coordinator.errors import AgentRefused, HostUnreachable
 from protocol.messages import (
     AllowPass,
+    AskAuthority,
     AskEvidence,
     AskHoldings,
     AskPower,
@@ -46,10 +47,12 @@ from protocol.messages import (
     HostDescription,
     ImageDescription,
     InspectVm,
+    LiftDescription,
     LiftFence,
     OnTimeout,
     OpenView,
     OrderRequest,
+    PairAuthority,
     PassKind,
     PassProgress,
     PassReport,
@@ -75,6 +78,7 @@ from protocol.messages import (
     SetLimits,
     Side,
     SnapshotDescription,
+    TakePair,
     Tracking,
     TrackingRead,
     Unprotect,
@@ -111,6 +115,7 @@ class FakeVm:
     disks: Content
     autostart: bool = True
     fence: FakeFence | None = None
+    lifted: LiftDescription | None = None
     condition: Condition | None = None
     view: str | None = None
     snapshots: dict[str, Content] = field(default_factory=dict)
@@ -126,6 +131,11 @@ class FakeVm:
     @property
     def is_off(self) -> bool:
         return self.power is Power.OFF
+
+
+def mark_of(place: str) -> str:
+    """What tells a registry from others, wherever its folder is by now."""
+    return place.rpartition("#")[2]
 
 
 def _held_fence(vm: FakeVm, fence: FakeFence) -> HeldFence:
@@ -167,6 +177,7 @@ class World:
         self.pass_s = 1.0
         self.grants: dict[tuple[str, str], Grant] = {}
         self.epochs: dict[str, int] = {}
+        self.holders: dict[str, str] = {}  # by host, the place of the registry that holds the pair
         self.obeyed: dict[str, str] = {}  # the pair whose orders each host has taken
         self.fault: Fault = no_fault
         self.away: set[str] = set()  # hosts that nobody can reach
@@ -239,6 +250,11 @@ class World:
             raise unreachable(host)
         if isinstance(request, OrderRequest):
             seen = self.epochs.get(host, 0)
+            mark, holder = mark_of(request.order.place), self.holders.get(host, "")
+            taken = isinstance(request, TakePair) and request.order.epoch > seen
+            if holder and mark not in ("", holder) and not taken:
+                raise AgentRefused(f"{holder} holds the pair under epoch {seen}", code="held", host=host)
+            self.holders[host] = mark or holder
             if request.order.epoch < seen:
                 raise AgentRefused(f"epoch {seen} has taken over", code="stale-epoch", host=host)
             self.epochs[host] = request.order.epoch
@@ -248,6 +264,13 @@ class World:
         match request:
             case Ping():
                 return Pong()
+            case AskAuthority():
+                place, asked = self.holders.get(host, ""), mark_of(request.place)
+                return PairAuthority(
+                    epoch=self.epochs.get(host, 0), holder=place, is_you=place in ("", asked), run="r", since_s=1.0
+                )
+            case TakePair():
+                return Done()
             case DescribeHost():
                 return _host(host)
             case InspectVm():
@@ -371,6 +394,9 @@ class World:
                 if self.records.checkpoints:
                     raise AgentRefused("cannot perform block operations while checkpoint exists", code="hypervisor")
                 vm.snapshots.setdefault(request.snapshot, dict(vm.disks))
+                if self.records.lost_late:
+                    self.records.lost_late = False
+                    self.records.kill()
                 disks = tuple(
                     ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in request.targets
                 )
@@ -584,6 +610,7 @@ class World:
             job=None,
             job_is_ours=False,
             fence=None if vm.fence is None else self._fence_description(vm, vm.fence),
+            lifted=vm.lifted,
         )
 
     def _fence_description(self, vm: FakeVm, fence: FakeFence) -> FenceDescription:

@@ -28,12 +28,14 @@ class SourceRecords:
     Attributes:
         checkpoints: what libvirt knows; `bitmaps`: what the images hold: by view, by disk, whether it was written to.
         untracked: disks whose format has no bitmaps; `broken`: views whose bitmaps are in use or gone.
+        lost_late: they break once, when the replica that is off has been protected.
     """
 
     checkpoints: set[str] = field(default_factory=set)
     bitmaps: dict[str, dict[str, bool]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     untracked: set[str] = field(default_factory=set)
+    lost_late: bool = False
 
     def wrote(self, target: str) -> None:
         """The guest wrote to that disk."""

@@ -158,3 +158,10 @@ def test_a_pair_that_agents_know_from_a_lost_registry_is_not_registered_over(com
     told = command.json(*words, exit_code=3)
     assert told["error"]["code"] == "known-pair"
     assert "failback adopt dr prod" in told["error"]["sentence"]
+
+
+def test_a_forgotten_pair_is_not_offered_again(command: Command) -> None:
+    command.fail_back()
+    assert command("undo", PAIR, "--yes").exit_code == 0
+    assert command("forget", PAIR, "--yes").exit_code == 0
+    assert command.json("adopt", *HOSTS, "--yes")["proposals"] == []

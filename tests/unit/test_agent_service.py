@@ -14,7 +14,7 @@ import trio.testing
 from agent import passrun
 from agent.disk.open import open_target
 from agent.disk.raw import RawDisk
-from agent.errors import DiskError, Forbidden, HypervisorError, HypervisorUnreachable, StaleEpoch
+from agent.errors import DiskError, Forbidden, Held, HypervisorError, HypervisorUnreachable, StaleEpoch
 from agent.fences import Fenced, NotFenced, Torn
 from agent.ledger import ConditionRecord, DiskCondition, ViewRecord
 from agent.passes import PassEnded
@@ -245,11 +245,11 @@ async def test_nobody_calls_disks_whole_that_a_pass_is_writing_to(house: AgentHo
 async def test_another_pairs_orders_do_not_touch_a_fence(house: AgentHouse) -> None:
     await house.fence()
     other = order(7, pair="other")
-    with pytest.raises(Fenced, match="web"):
+    with pytest.raises(Held, match="web"):
         await house.ask(LiftFence(order=other, vm_uuid=house.vm.uuid, restore_autostart=False))
-    with pytest.raises(NotFenced):
+    with pytest.raises(Held):
         await house.ask(SetCondition(order=other, vm_uuid=house.vm.uuid, condition=Condition.TORN, view=None))
-    with pytest.raises(Fenced, match="web"):
+    with pytest.raises(Held, match="web"):
         await house.ask(PowerOn(order=other, vm_uuid=house.vm.uuid))
     assert house.service.ledger.condition(house.vm.uuid) is None
 

@@ -239,7 +239,7 @@ class TestLooking:
     def test_history_is_for_a_person_and_for_programs(self, taken_over: Command) -> None:
         taken_over.fail_back()
         text = taken_over("history", PAIR, "--report").stdout
-        assert re.search(r"ok +pass 1 +\d", text)
+        assert re.search(r"ok +first pass: bring the original up to the view +\d", text)
         assert "=== " in text
         assert "Downtime" in text
         value = taken_over.json("history", PAIR)

@@ -163,6 +163,13 @@ def killed_once() -> World:
     return world
 
 
+def lost_late() -> World:
+    """The records of the first switchover break between their reading and the last view."""
+    world = World()
+    world.records.lost_late = True
+    return world
+
+
 def little_scratch() -> World:
     """A view of both disks fills the scratch files."""
     world = World()
@@ -185,6 +192,7 @@ RETURNS = RunOptions(
 )
 WORLDS = [
     pytest.param(killed_once, RETURNS, id="late-evidence"),
+    pytest.param(lost_late, RETURNS, id="late-evidence-of-the-last-view"),
     pytest.param(little_scratch, RunOptions(), id="small-views"),
     pytest.param(half_tracked, RunOptions(), id="half-tracked"),
 ]

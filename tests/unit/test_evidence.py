@@ -227,3 +227,26 @@ def test_a_view_that_does_not_tell_what_was_written_is_no_source_of_a_tracked_pa
     for wrong in (view({}, {}), view({"vda": "r1-0"}, {"vda": whole}), view({"vda": VIEW}, {"vda": short})):
         with pytest.raises(NoEvidence, match="does not tell what was written"):
             _check_written(wrong, [granted(VIEW)])
+
+
+async def test_a_disk_that_somebody_else_wrote_to_is_told_apart_from_one_of_which_nothing_is_known(
+    house: House,
+) -> None:
+    async def touched() -> bool:
+        told = await house.agent.ask(AskEvidence(vm_uuid=house.uuid, targets=("vda",)))
+        assert isinstance(told, Evidence)
+        return told.disks[0].touched
+
+    assert not await touched()
+    house.passed()
+    assert not await touched()
+    record = house.desk.book.of(house.uuid, "vda")
+    assert record is not None
+    assert record.stamp is not None
+    house.restarted()
+    house.desk.book.put(replace(record, stamp=replace(record.stamp, boot="another")))
+    assert house.equals() is None
+    assert not await touched()
+    house.desk.book.put(record)
+    house.write()
+    assert await touched()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.evidence import choose, choose_all, fallen, unproven, without
@@ -36,6 +38,13 @@ def test_both_proofs_make_the_first_rung_and_the_map_is_kept_up_with_it() -> Non
 def test_what_a_format_without_bitmaps_knows_it_knows_from_an_overlay() -> None:
     raw = DiskSizes(original="vda", replica="sda", source_size_bytes=1, target_size_bytes=1, source_format="raw")
     assert choose(raw, viewed("r1-1"), target("r1-1")).rung == "overlay"
+
+
+@pytest.mark.parametrize(
+    ("told", "rung"), [("overlay", "overlay"), ("bitmap", "bitmap"), ("", "bitmap"), ("new", "bitmap")]
+)
+def test_the_view_says_by_what_it_knows_where_an_overlay_of_ours_hides_the_format(told: str, rung: str) -> None:
+    assert choose(DISK, replace(viewed("r1-1"), rung=told), target("r1-1")).rung == rung
 
 
 @pytest.mark.parametrize(

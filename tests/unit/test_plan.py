@@ -153,3 +153,15 @@ def test_plan_for_a_replica_that_is_off_has_one_pass() -> None:
 def test_a_replica_that_is_off_still_waits_for_the_word_that_was_chosen() -> None:
     plan = planned(RunOptions(switch=SwitchPolicy.MANUAL), power=Power.OFF)
     assert any("when `failback switch web1` says so" in step for step in plan.steps)
+
+
+@pytest.mark.parametrize("track", [Tracking.BITMAP, Tracking.OVERLAY])
+def test_a_qcow2_image_of_version_2_is_planned_without_a_bitmap_and_told_the_cure(track: Tracking) -> None:
+    old = disk("vda", "/srv/dr/a.qcow2", chain=(image("/srv/dr/a.qcow2", keeps_bitmaps=False),))
+    new = disk("vdb", "/srv/dr/b.qcow2", chain=(image("/srv/dr/b.qcow2", keeps_bitmaps=True),))
+    made = case(replica=side(Side.REPLICA, disks=(old, new)), options=RunOptions(track=track))
+    first, second = make_plan(made.pair, made.findings, made.options).disks
+    assert (first.last_rung, second.last_rung) == ("map", "bitmap")
+    assert "compat=0.10" in first.why_last_not_higher
+    assert "qemu-img amend -f qcow2 -o compat=1.1 /srv/dr/a.qcow2" in first.why_last_not_higher
+    assert second.why_last_not_higher == ""

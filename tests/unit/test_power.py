@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
+import trio
 
 from agent import power
 from agent.errors import HypervisorError, HypervisorUnreachable, ShutdownTimeout
@@ -113,3 +115,42 @@ async def test_a_libvirtd_that_stays_away_is_what_is_told_and_nothing_is_forced(
     with pytest.raises(HypervisorUnreachable):
         await _power_off(Restarting(vm[0], down_for=10**9), vm[1].uuid, OnTimeout.FORCE)
     assert vm[1].state is PowerState.RUNNING
+
+
+class Stuck(FakeHypervisor):
+    """A QEMU that hears nothing: libvirt waits for its answer until it is killed."""
+
+    def __init__(self, machine: FakeMachine) -> None:
+        super().__init__(machine)
+        self.killed = threading.Event()
+        self.asked = 0
+
+    def request_shutdown(self, uuid: str) -> None:
+        self.asked += 1
+        self.killed.wait(30)
+        raise HypervisorError("libvirt says: the domain is being destroyed")
+
+    def force_off(self, uuid: str, *, graceful: bool) -> None:
+        if graceful:
+            raise HypervisorError("failed to terminate process with SIGTERM")
+        super().force_off(uuid, graceful=graceful)
+        self.killed.set()
+
+
+async def test_a_qemu_that_never_answers_is_killed_after_its_time(vm: tuple[FakeMachine, FakeDomain]) -> None:
+    host = Stuck(vm[0])
+    with trio.fail_after(20):
+        answer = await power.power_off(
+            host, Threads(), vm[1].uuid, timeout_s=0.2, on_timeout=OnTimeout.FORCE, kill_after_s=0.1
+        )
+    assert (answer.forced, answer.killed, host.asked) == (True, True, 1)
+
+
+async def test_a_qemu_that_never_answers_is_left_alone_where_forcing_was_not_chosen(
+    vm: tuple[FakeMachine, FakeDomain],
+) -> None:
+    host = Stuck(vm[0])
+    with trio.fail_after(20), pytest.raises(ShutdownTimeout):
+        await power.power_off(host, Threads(), vm[1].uuid, timeout_s=0.2, on_timeout=OnTimeout.ABORT)
+    assert not host.killed.is_set()
+    host.killed.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,22 @@ class TestEvidence:
         assert last["vdb"].why_not_higher == "nothing was asked since any view"
 
     @pytest.mark.parametrize("options", [RunOptions(), RunOptions(track=Tracking.NONE)])
-    async def test_agents_that_know_nothing_of_evidence_get_full_digests(
+    async def test_an_agent_that_does_not_say_what_its_disks_hold_does_not_get_the_original_started(
         self, house: House, options: RunOptions
     ) -> None:
         house.world.knows_evidence = False
         outcome, _ = await whole_run(house, options)
+        assert outcome.state is State.FAILOVER
+        assert "does not say what the original's disks hold" in outcome.sentence
+        assert house.world.replica.power is Power.RUNNING
+        assert house.world.original.power is Power.OFF
+
+    @pytest.mark.parametrize("options", [RunOptions(), RunOptions(track=Tracking.NONE)])
+    async def test_agents_that_know_nothing_of_evidence_get_full_digests_and_need_a_full_verification(
+        self, house: House, options: RunOptions
+    ) -> None:
+        house.world.knows_evidence = False
+        outcome, _ = await whole_run(house, replace(options, verify_full=True))
         assert outcome.state is State.FAILBACK
         assert outcome.report is not None
         assert {line.rung for line in outcome.report.disks} == {"digests"}
@@ -296,6 +308,39 @@ class TestLateEvidence:
             assert reasons[0].startswith("QEMU had to be killed; the evidence of vda, vdb fell")
             assert (await coordinator.cancel(PAIR)).state is State.FAILOVER
         assert world.records.is_clear
+
+    @pytest.mark.parametrize("late", list(LateEvidence))
+    async def test_evidence_that_falls_once_the_replica_is_protected_is_weighed_again(
+        self, house: House, late: LateEvidence
+    ) -> None:
+        world = house.world
+        fell = 0
+        states: list[State] = []
+
+        def fault(_host: str, request: Request, moment: str) -> None:
+            nonlocal fell
+            if isinstance(request, Protect) and moment == "before" and not fell:
+                fell += 1
+                world.records.kill()
+
+        def observe(event: Event) -> None:
+            if isinstance(event, StateChanged):
+                states.append(event.state)
+
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, replace(HARD, late_evidence=late))
+            world.fault = fault
+            with trio.fail_after(60):
+                outcome = await coordinator.execute_run(PAIR, observer=observe)
+            history = {entry.step for entry in await coordinator.history(PAIR)}
+        assert fell == 1
+        assert outcome.state is State.FAILBACK
+        returned = late is LateEvidence.RETURN
+        assert states.count(State.SWITCHING) == (2 if returned else 1)
+        assert ("late_return" in history) == returned
+        assert ("weighed_again" in history) == (not returned)
+        assert world.replica.is_off
+        assert list(world.replica.snapshots) != []
 
     async def test_records_that_cannot_be_removed_do_not_keep_the_replica_off(self, house: House) -> None:
         world = house.world
