@@ -6,6 +6,7 @@ STAMP := $(VENV)/.set-up
 TESTS ?=
 UNDO ?=
 NAMES ?=
+WORDS ?=
 
 HALVES := test-hosts test-rest
 test-hosts := tests/contract/
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test $(HALVES) demo bench clean
+.PHONY: help setup packages check format test $(HALVES) faults demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ endif
 # Two runs side by side: one waits for hypervisors most of the time, the other computes.
 $(HALVES):
 	$(BIN)/pytest -q -o cache_dir=.pytest_cache/$@ $($@)
+
+faults: setup ## every fault at every step on real hosts, about 40 minutes; writes docs/FAULTS.md (WORDS="kill-qemu audit" for some)
+	$(BIN)/python -m tests.faults $(WORDS)
 
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)

@@ -1,4 +1,4 @@
-"""One cell of the matrix: a fault at a boundary, then what the tool says to do, until the pair rests; then judgement."""
+"""One cell of the matrix: a fault at a boundary, then what the tool says to do, until the pair rests; a verdict."""
 
 from __future__ import annotations
 

@@ -14,17 +14,25 @@ ON_EVERY_WAY = ("kill-source-agent", "kill-target-agent")
 BOTH_WAYS = ("start-original", "start-replica")
 BOTH_SIDES = ("altered-original", "lost-bitmaps")
 EVERY_STEP = ("kill-qemu", "kill-source-libvirtd", "kill-target-libvirtd", "unwritable-journal", "deaf-guest")
-WEIGHTY: tuple[str, ...] = (
-    "fence_original",
-    "open_view:1",
-    "pass:1",
-    "replica_off",
-    "protect_replica",
-    "last_pass",
-    "verify",
+WEIGHTY = frozenset(
+    {
+        "fence_original",
+        "open_view:1",
+        "pass:1",
+        "replica_off",
+        "protect_replica",
+        "last_pass",
+        "verify",
+        "lift_original_fence",
+        "original_on",
+        "audit",
+    }
 )
-WEIGHTY += ("lift_original_fence", "original_on", "audit")
 """Where an agent that is away for a while, or a second coordinator, hurts most."""
+
+
+IN_SHORT = ("pass:1", "replica_off", "lift_original_fence")
+"""Where each other fault strikes in `short`."""
 
 
 def cells() -> tuple[Cell, ...]:
@@ -59,7 +67,7 @@ def short() -> tuple[Cell, ...]:
         for c in cells()
         if c.fault.name != "kill-coordinator"
         and c.boundary.way is Way.RUN
-        and c.boundary.step in ("pass:1", "last_pass", "lift_original_fence")
+        and c.boundary.step in IN_SHORT
         and c.boundary.side == "before"
     ]
     return (*switchover, *others)

@@ -17,10 +17,11 @@ from tests.faults.cells import Cell, Outcome
 HEAD = """# What happens when something dies
 
 Every fault below struck real libvirt, QEMU, agents and coordinator at the boundary named, while a guest wrote. *Before*
-a step: its intent is in the journal and nothing is done; *after*: all is done and in the journal. Then whoever reads
-what the tool says did that, until the pair rested. A cell is green when the pair came to rest in a named state, original
-and replica never ran at once, the newest side holds every byte that was written and acknowledged, the sides are equal
-where the run was complete, and nothing of ours was left behind. `make faults` writes this page; `tests/faults` is how.
+a step: its intent is in the journal and nothing is done; *after*: all is done and in the journal. Then somebody who
+reads what the tool says did that, until the pair rested. A cell is green when the pair came to rest in a named state,
+original and replica never ran at once, the newest side holds every byte that was written and acknowledged, the sides
+are equal where the run was complete, and nothing of ours was left behind. `make faults` writes this page, and
+`tests/faults` is how. *(exit code)* is that of the verb named.
 
 """
 
@@ -60,7 +61,9 @@ def page(lines: Sequence[dict[str, Any]], wanted: Sequence[Cell], about: str) ->
     known = {line["name"]: line for line in lines}
     done = [cell for cell in wanted if cell.name in known]
     red = sum(bool(known[cell.name]["error"]) for cell in done)
-    text = [HEAD, f"{about}\n\n{len(done)} cells, {len(done) - red} green, {red} red.\n"]
+    missing = len(wanted) - len(done)
+    left = f"; {missing} {'was' if missing == 1 else 'were'} not come to" if missing else ""
+    text = [HEAD, f"{about}\n\n{len(done)} cells, {len(done) - red} green, {red} red{left}.\n"]
     fault = ""
     for cell in done:
         if cell.fault.words != fault:
