@@ -31,13 +31,22 @@ class Joinable(Protocol):
 
 @dataclass
 class Arrivals:
-    """The connections of one disk of a receiving pass: each is welcomed with a window, and hung up on at the end."""
+    """The connections of one attempt at a disk of a receiving pass: each is welcomed with a window, and hung up on at
+    the end.
+
+    Attributes:
+        attempt: its number; `proven`: what its source is told of.
+        successor: the first connection of a later attempt, which has come meanwhile.
+    """
 
     threads: Threads
     windows: Windows
     waiting: trio.MemoryReceiveChannel[tuple[BulkSocket, BulkHello]]
     target: str
     seed: int
+    attempt: int = 1
+    proven: tuple[tuple[int, int], ...] = ()
+    successor: tuple[BulkSocket, BulkHello] | None = None
     _taken: list[tuple[BulkSocket, int]] = field(default_factory=list)
 
     async def welcome(self, connection: BulkSocket) -> None:
@@ -45,14 +54,22 @@ class Arrivals:
         window_bytes = self.windows.lease()
         self._taken.append((connection, window_bytes))
         await self.threads.on_network(
-            lambda: connection.welcome(window_bytes=window_bytes, ahead_bytes=AHEAD_BYTES, lanes=MAX_LANES)
+            lambda: connection.welcome(
+                window_bytes=window_bytes, ahead_bytes=AHEAD_BYTES, lanes=MAX_LANES, proven=self.proven
+            )
         )
 
     async def let_join(self, target: Joinable) -> None:
-        """Let further connections of the disk take part in its pass."""
+        """Let further connections of the disk take part in its pass. Where one of a later attempt comes, the source has
+        lost the others: they are hung up on."""
         while True:
             connection, hello = await self.waiting.receive()
-            if hello.digest_seed != self.seed or len(self._taken) == MAX_LANES:
+            if hello.digest_seed == self.seed and hello.attempt > self.attempt:
+                self.successor = connection, hello
+                for taken, _ in self._taken:
+                    taken.shutdown()
+                return
+            if (hello.digest_seed, hello.attempt) != (self.seed, self.attempt) or len(self._taken) == MAX_LANES:
                 sentence = f"the pass of disk {self.target} takes no more connections, or not this one"
                 await self.threads.on_network(partial(connection.refuse, "forbidden", sentence))
                 continue
@@ -61,12 +78,14 @@ class Arrivals:
                 await self.welcome(connection)
                 target.join(connection)
 
-    async def hang_up(self) -> None:
-        """The pass is over."""
+    async def hang_up(self, *, goes_on: bool = False) -> None:
+        """The attempt is over. `goes_on`: the caller takes its successor up, if there is one."""
         for connection, window_bytes in self._taken:
             await hang_up(self.threads, connection)
             self.windows.give_back(window_bytes)
         self._taken.clear()
+        if self.successor is not None and not goes_on:
+            await hang_up(self.threads, self.successor[0])
 
 
 async def hang_up(threads: Threads, connection: BulkSocket) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent.ledger import ConditionRecord, DiskCondition, FenceRecord
 from agent.lift_record import LiftRecord
-from agent.sources import OpenedView
+from agent.opened_view import OpenedView
 from agent.virt.seam import Domain, DomainDisk, Image, PowerState
 from protocol.messages import (
     Condition,

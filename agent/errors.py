@@ -49,6 +49,11 @@ class DiskFull(DiskError):
     code = "disk-full"
 
 
+class FlushFailed(DiskError):
+    """What was written since the last flush may be lost, though the page cache still shows it: it counts as unknown,
+    and no flush of the same open file tells more (fsync(2) reports such an error once)."""
+
+
 class HypervisorError(AgentError):
     """libvirt refused or failed a call."""
 

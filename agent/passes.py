@@ -14,27 +14,25 @@ from functools import partial
 
 import trio
 
-from agent.arrivals import Arrivals, hang_up
+from agent.attempts import Connect, Receiving, Sending
 from agent.disk.dirty import DirtyRanges
 from agent.disk.seam import Disk
 from agent.errors import AgentError, Forbidden, SyncError
+from agent.reconnect import DEADLINE_S, Reconnecting
 from agent.sync.buffers import TARGET_BUFFER_BYTES, TARGET_BUFFERS, BufferPool, Windows
-from agent.sync.comparing import ComparingSource, ComparingTarget, comparing_target, comparing_tuning
-from agent.sync.conversation import Conversation, Lane, accompanied, side_by_side
+from agent.sync.comparing import comparing_tuning
+from agent.sync.conversation import accompanied, side_by_side
 from agent.sync.meter import Meter
 from agent.sync.pass_map import PassMap
+from agent.sync.proven import Proven
 from agent.sync.rate import Limits
-from agent.sync.source import SourcePass
-from agent.sync.target import TargetPass
 from agent.sync.tuning import Tunings
-from agent.threads import Threads, cores
+from agent.threads import Threads
 from protocol.bulk import BulkSocket
 from protocol.errors import PeerViolation
-from protocol.lanes import lanes_wanted
 from protocol.limits import MAX_LANES
 from protocol.messages import (
     BulkHello,
-    BulkWelcome,
     Direction,
     DiskReport,
     Grant,
@@ -53,8 +51,6 @@ ARRIVAL_TIMEOUT_S = 120.0
 """How long a receiving pass waits for the source agent to connect when it works on no disk."""
 
 Progress = Callable[[PassProgress], Awaitable[None]]
-Connect = Callable[[GrantedDisk, int], tuple[BulkSocket, BulkWelcome]]
-"""Opens a connection for one disk with that digest seed; blocks."""
 
 
 @dataclass(eq=False)
@@ -113,6 +109,7 @@ class PassDesk:
     scratch: BufferPool = field(default_factory=lambda: BufferPool(TARGET_BUFFERS, TARGET_BUFFER_BYTES))
     windows: Windows = field(default_factory=Windows)
     tunings: Tunings = field(default_factory=Tunings)
+    reconnect_deadline_s: float = DEADLINE_S
     _sessions: dict[str, Session] = field(default_factory=dict)
     _at_once: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(DISKS_AT_ONCE))
 
@@ -239,53 +236,36 @@ class PassDesk:
         before_first_write: Callable[[GrantedDisk], Awaitable[None]],
         progress: Progress,
         why_not: Mapping[str, str] | None = None,
+        proven: Mapping[str, Proven] | None = None,
     ) -> tuple[DiskReport, ...]:
         """Carry out a granted RECEIVE pass on opened targets and their digest maps, by target name.
         `before_first_write` is awaited for each disk before anything is written to it; `why_not`: why more is not known
-        of a disk, for the reports."""
+        of a disk, for the reports. `proven`: what of each is proven to equal the view beforehand; it grows."""
 
         session.idle_since = trio.current_time()
 
         async def one(granted: GrantedDisk, meter: Meter) -> None:
-            first, hello = await _arrival(session, granted.target)
+            arrived = await _arrival(session, granted.target)
             session.working += 1
-            waiting = session.waiting[granted.target]
-            arrived = Arrivals(self.threads, self.windows, waiting, granted.target, hello.digest_seed)
             try:
-                await arrived.welcome(first)
-                talk = Conversation(granted.target, self.threads, [Lane(first)])
-                disk, digest_map = disks.get(granted.target), maps.get(granted.target)
-                target: TargetPass | ComparingTarget
-                if session.grant.kind is PassKind.SYNC:
-                    assert disk is not None  # opened, or the pass had not begun
-                    target = TargetPass(
-                        disk=disk,
-                        source_size_bytes=granted.source_size_bytes,
-                        target_size_bytes=granted.target_size_bytes,
-                        talk=talk,
-                        seed=hello.digest_seed,
-                        buffers=self.scratch,
-                        limits=session.limits,
-                        before_first_write=partial(before_first_write, granted),
-                        meter=meter,
-                        since=granted.since,
-                        digest_map=digest_map,
-                    )
-                else:
-                    target = comparing_target(
-                        disk or digest_map,
-                        granted.source_size_bytes,
-                        talk,
-                        hello.digest_seed,
-                        buffers=self.scratch,
-                        limits=session.limits,
-                        meter=meter,
-                    )
-                await accompanied(target.run, partial(arrived.let_join, target))
+                await Receiving(
+                    granted=granted,
+                    disk=disks.get(granted.target),
+                    digest_map=maps.get(granted.target),
+                    threads=self.threads,
+                    windows=self.windows,
+                    buffers=self.scratch,
+                    limits=session.limits,
+                    meter=meter,
+                    waiting=session.waiting[granted.target],
+                    before_first_write=partial(before_first_write, granted),
+                    proven=(proven or {}).get(granted.target) or Proven(),
+                    deadline_s=self.reconnect_deadline_s,
+                    compares=session.grant.kind is not PassKind.SYNC,
+                ).run(arrived)
             finally:
                 session.working -= 1
                 session.idle_since = trio.current_time()
-                await arrived.hang_up()
 
         return await self._all(session, one, progress, why_not or {})
 
@@ -327,46 +307,26 @@ class PassDesk:
         connect: Connect,
         written: DirtyRanges | None,
     ) -> PassVerified:
-        seed = secrets.randbits(64) if granted.digest_seed is None else granted.digest_seed
         compares = session.grant.kind is not PassKind.SYNC
-        connections: list[BulkSocket] = []
         limit = session.limits.network.bytes_per_s
-        begin = partial(self.tunings.begin, session.grant.vm_uuid, granted.target, limit)
-        tuning = comparing_tuning() if compares else begin()
-        try:
-            welcomes = [await self._connect(connections, granted, seed, connect)]
-            wanted = lanes_wanted(connections[0].link().rtt_s or 0.0, cores(), welcomes[0].lanes)
-            for _ in range(wanted - 1):
-                welcomes.append(await self._connect(connections, granted, seed, connect))
-            tuning.window_bytes = min(welcome.window_bytes for welcome in welcomes)
-            meter.lanes = len(connections)
-            verified = await (ComparingSource if compares else SourcePass)(
-                disk=disk,
-                size_bytes=granted.source_size_bytes,
-                talk=Conversation(granted.target, self.threads, [Lane(connection) for connection in connections]),
-                seed=seed,
-                ahead_bytes=min(welcome.ahead_bytes for welcome in welcomes),
-                buffers=self.buffers,
-                limits=session.limits,
-                tuning=tuning,
-                meter=meter,
-                dirty=written,
-            ).run()
-            if not compares:
-                self.tunings.end(session.grant.vm_uuid, granted.target, tuning)
-            return verified
-        finally:
-            for connection in connections:
-                await hang_up(self.threads, connection)
-
-    async def _connect(
-        self, connections: list[BulkSocket], granted: GrantedDisk, seed: int, connect: Connect
-    ) -> BulkWelcome:
-        connection, welcome = await self.threads.connecting(
-            lambda: connect(granted, seed), lambda made: made[0].close()
-        )
-        connections.append(connection)
-        return welcome
+        uuid, target = session.grant.vm_uuid, granted.target
+        tuning = comparing_tuning() if compares else self.tunings.begin(uuid, target, limit)
+        verified = await Sending(
+            granted=granted,
+            disk=disk,
+            threads=self.threads,
+            buffers=self.buffers,
+            limits=session.limits,
+            tuning=tuning,
+            meter=meter,
+            connect=connect,
+            retry=Reconnecting(target, self.reconnect_deadline_s),
+            written=written,
+            compares=compares,
+        ).run()
+        if not compares:
+            self.tunings.end(uuid, target, tuning)
+        return verified
 
     async def _all(
         self,

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import trio
 
+from agent.attempts import Connect
+from agent.delta.digest_map import WINDOW_BYTES
 from agent.disk.open import open_target
+from agent.disk.past_cache import PastCache
 from agent.disk.seam import Disk
-from agent.errors import AgentError, DiskError, NoEvidence, SyncError
+from agent.errors import AgentError, DiskError, FlushFailed, NoEvidence, SyncError
 from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
 from agent.ledger import ConditionRecord, DiskCondition
 from agent.maps import MapDesk
-from agent.passes import Connect, PassDesk, Progress, Session, set_limits
-from agent.sources import OpenedView, ViewDesk
+from agent.opened_view import OpenedView
+from agent.passes import PassDesk, Progress, Session, set_limits
+from agent.progress import Begun, ProgressDesk
+from agent.sources import ViewDesk
+from agent.sync.conversation import accompanied
 from agent.sync.pass_map import PassMap
+from agent.sync.proven import Proven
 from agent.threads import Threads
 from protocol.bulk import BulkSocket, connect_bulk
 from protocol.messages import BulkWelcome, Direction, DiskReport, GrantedDisk, PassKind, PassReport, RunPass
+
+RECORD_EVERY_S = 1.0
+"""How often what is proven is made durable, where it is more: a small file and an fsync."""
 
 
 class ViewLost(SyncError):
@@ -43,6 +54,7 @@ class PassRunner:
     runtime_dir: Path
     evidence: EvidenceDesk
     maps: MapDesk
+    progress: ProgressDesk
     _verified: dict[str, str] = field(default_factory=dict)
 
     async def run(self, request: RunPass, session: Session, progress: Progress) -> PassReport:
@@ -94,6 +106,7 @@ class PassRunner:
         self._verified.pop(uuid, None)
         opened: dict[str, Disk] = {}
         maps: dict[str, PassMap] = {}
+        begun: dict[str, Begun] = {}
         view: str | None = None
         try:
             try:
@@ -101,22 +114,70 @@ class PassRunner:
                 self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
                 why_not = await self.threads.on_disk(lambda: self._why_compared(session))
                 why = await self.threads.on_disk(lambda: self._open_maps(session, maps))
-                reports = await self.passes.receive(session, opened, maps, self._marker(session), progress, why_not)
+                await self.threads.on_disk(lambda: self._begin(session, opened, maps, begun))
+                proven = {target: what.proven for target, what in begun.items()}
+                receive = partial(
+                    self.passes.receive, session, opened, maps, self._marker(session), progress, why_not, proven
+                )
+                reports = await self._recorded(uuid, proven, receive)
             except BaseException:
+                with trio.CancelScope(shield=True):
+                    suspects = await self.threads.on_disk(partial(_not_flushed, opened))
                 await self._close(opened, complain=False)
                 # What went wrong first is what is told; without this a later pass can prove less.
                 with trio.CancelScope(shield=True), contextlib.suppress(AgentError):
                     await self.threads.on_disk(lambda: self.evidence.broken_off(uuid, tuple(opened)))
+                with trio.CancelScope(shield=True), contextlib.suppress(AgentError):
+                    await self.threads.on_disk(partial(self._break_off, uuid, begun, suspects))
                 raise
             await self._close(opened, complain=True)
             with trio.CancelScope(shield=True):
                 await self.threads.on_disk(lambda: self.evidence.equals_now(uuid, session.grant.view, tuple(opened)))
+                for target in opened:
+                    await self.threads.on_disk(partial(self.progress.finished, uuid, target))
             view = session.grant.view
         finally:
             with trio.CancelScope(shield=True):
                 await self.threads.on_disk(lambda: self._put_away(uuid, maps, view))
         self._verified[uuid] = session.grant.view
         return tuple(replace(r, why_not_higher=why.get(r.target, r.why_not_higher)) for r in reports)
+
+    def _begin(
+        self, session: Session, opened: dict[str, Disk], maps: Mapping[str, PassMap], begun: dict[str, Begun]
+    ) -> None:
+        """Find out what is proven of each disk, and make durable whatever an earlier pass left in the page cache: what
+        is compared from there would never be flushed again."""
+        for granted in session.grant.disks:
+            what = self.progress.begin(session.grant.vm_uuid, granted, session.grant.view)
+            if granted.target in maps:
+                what = replace(what, proven=_known_to(maps[granted.target], what.proven))
+            begun[granted.target] = what
+            if what.suspect:
+                opened[granted.target] = PastCache(opened[granted.target])
+        for disk in opened.values():
+            disk.flush()
+
+    async def _recorded(
+        self, vm_uuid: str, proven: dict[str, Proven], receive: Callable[[], Awaitable[tuple[DiskReport, ...]]]
+    ) -> tuple[DiskReport, ...]:
+        """Carry out `receive` while what is proven is recorded again and again."""
+        reports: list[tuple[DiskReport, ...]] = []
+
+        async def work() -> None:
+            reports.append(await receive())
+
+        async def record() -> None:
+            while True:
+                await trio.sleep(RECORD_EVERY_S)
+                for target, what in proven.items():
+                    await self.threads.on_disk(partial(self.progress.keep, vm_uuid, target, what))
+
+        await accompanied(work, record)
+        return reports[0]
+
+    def _break_off(self, vm_uuid: str, begun: dict[str, Begun], suspects: frozenset[str]) -> None:
+        for target, what in begun.items():
+            self.progress.broken_off(vm_uuid, target, what.proven, suspect=target in suspects)
 
     def _open_maps(self, session: Session, maps: dict[str, PassMap]) -> dict[str, str]:
         """The digest maps of the disks that are about to be written; for the others, why there is none."""
@@ -210,7 +271,7 @@ class PassRunner:
                 )
 
     def _connector(self, request: RunPass, session: Session) -> Connect:
-        def connect(granted: GrantedDisk, seed: int) -> tuple[BulkSocket, BulkWelcome]:
+        def connect(granted: GrantedDisk, seed: int, attempt: int) -> tuple[BulkSocket, BulkWelcome]:
             return connect_bulk(
                 request.peer_host,
                 request.peer_port,
@@ -220,6 +281,7 @@ class PassRunner:
                 grant=session.grant.grant,
                 target=granted.peer_target,
                 digest_seed=seed,
+                attempt=attempt,
             )
 
         return connect
@@ -253,3 +315,29 @@ def _check_written(opened: OpenedView, disks: Iterable[GrantedDisk]) -> None:
                 "tell what was written to it since then: run a pass that compares",
                 disk=granted.target,
             )
+
+
+def _not_flushed(opened: Mapping[str, Disk]) -> frozenset[str]:
+    """Make durable what a failed pass has written. Returns the disks of which that cannot be done; one whose flush has
+    failed before refuses the next, whatever it was that ended the pass."""
+    failed: set[str] = set()
+    for target, disk in opened.items():
+        try:
+            disk.flush()
+        except FlushFailed:
+            failed.add(target)
+        except DiskError:
+            continue
+    return frozenset(failed)
+
+
+def _known_to(digest_map: PassMap, proven: Proven) -> Proven:
+    """What of the proven stretches the map knows as well, by its windows. What it does not know, it learns only if it
+    is looked at once more; without that the original could not be audited."""
+    known = Proven()
+    for offset, length in proven.runs():
+        for start in range(offset, offset + length, WINDOW_BYTES):
+            part = min(WINDOW_BYTES, offset + length - start)
+            if digest_map.look_up([(start, part)])[1].all() and not digest_map.lost:
+                known.add(start, part)
+    return known

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 
 import structlog
@@ -30,6 +31,7 @@ from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage,
 from agent.maps import MapDesk
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
+from agent.progress import ProgressDesk
 from agent.sampling import sample_disk
 from agent.scratch import ScratchLimits
 from agent.sources import ViewDesk
@@ -116,6 +118,7 @@ class AgentService:
         limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
         self.tracking = TrackingDesk(self.hypervisor, self.fences, self.views, self.config.runtime_dir)
+        self.progress = ProgressDesk(self.config.state_dir, self.fences)
         self.maps = MapDesk(self.config.state_dir, self.fences)
         self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder), self.maps)
         self.holdings = HoldingsDesk(
@@ -137,6 +140,7 @@ class AgentService:
             self.config.runtime_dir,
             self.evidence,
             self.maps,
+            self.progress,
         )
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
@@ -344,6 +348,7 @@ class AgentService:
             if self.ledger.condition(uuid) is not None:
                 self.ledger.put_condition(ConditionRecord(vm_uuid=uuid, condition=DiskCondition.INTACT))
             self.evidence.forget(uuid)
+            self.progress.forget(uuid)
             self.hypervisor.power_on(uuid)
 
         await self._blocking(power_on)
@@ -376,6 +381,7 @@ class AgentService:
             )
             # Without the lock a record is worth what the file's stamp is worth; the next fence is a new beginning.
             self.evidence.forget(uuid)
+            self.progress.forget(uuid)
 
         await self._blocking(lift)
         return Done()
@@ -404,6 +410,10 @@ class AgentService:
 
     async def _open_view(self, request: OpenView) -> ViewOpened:
         pair = request.order.pair
+        if request.reopen:
+            again = partial(self.views.reopen, pair, request.vm_uuid, request.targets, request.view)
+            found = await self.threads.on_libvirt(again)
+            return ViewOpened(view=request.view, live=found.live, disks=describe.viewed(found))
         opened = await self.threads.on_libvirt(
             lambda: self.views.open(
                 pair,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,14 +12,12 @@ from types import MappingProxyType
 
 import structlog
 
-from agent.disk.allocated import open_allocated
-from agent.disk.dirty import DirtyRanges, open_dirty_closed, open_dirty_view
-from agent.disk.lock import HeldImage, hold_frozen
+from agent.disk.dirty import open_dirty_closed, open_dirty_view
+from agent.disk.lock import hold_frozen
 from agent.disk.open import open_source, open_view
 from agent.disk.seam import Disk
 from agent.errors import (
     AgentError,
-    DiskError,
     GuestAgentMissing,
     HypervisorError,
     HypervisorUnreachable,
@@ -27,10 +26,12 @@ from agent.errors import (
 )
 from agent.fences import FenceKeeper
 from agent.ledger import LockKind, TrackedImage, TrackingRecord, ViewRecord
+from agent.opened_view import OpenedView, attached, record_of
 from agent.overlay_chain import FrozenDisk
 from agent.overlay_room import OverlayWatch, raw_disks
 from agent.overlays import OverlayTracking
 from agent.scratch import ScratchFull, ScratchLimits, ScratchWatch
+from agent.served_views import ServedViews
 from agent.tags import tag_of
 from agent.tracking import closed_record, earlier_views
 from agent.virt.seam import Hypervisor, PowerState, View
@@ -39,65 +40,14 @@ log = structlog.get_logger("failback.agent")
 
 NOTICES_DEATH_WITHIN_S = 2.0
 """How long libvirt may take to notice that a QEMU whose view broke off has died."""
+UNCLAIMED_FOR_S = 900.0
+"""How long a view of a former agent process is kept for a run that is resumed: its guest pays for it meanwhile."""
 
 
-@dataclass
-class OpenedView:
-    """One open view: its disks by target name stay open until it is closed.
+class NoSuchView(SyncError):
+    """A view that was asked for again is not there any more."""
 
-    Attributes:
-        tracked: targets whose writes are recorded from this view on.
-        since: by target: the earlier view since which it is known what was written.
-        dirty: by target, of the same disks: what that is.
-        why_not: by target, reasons why it is not tracked, or does not know.
-    """
-
-    pair: str
-    view: str
-    live: bool
-    disks: dict[str, Disk] = field(default_factory=dict)
-    tracked: set[str] = field(default_factory=set)
-    since: dict[str, str] = field(default_factory=dict)
-    dirty: dict[str, DirtyRanges] = field(default_factory=dict)
-    why_not: dict[str, list[str]] = field(default_factory=dict)
-    locks: list[HeldImage] = field(default_factory=list)
-
-    def tell(self, target: str, reason: str) -> None:
-        """Add a reason to `why_not`."""
-        self.why_not.setdefault(target, []).append(reason)
-
-    def know(self, target: str, since: str, read: Callable[[], DirtyRanges]) -> None:
-        """What was written to a disk since an earlier view is told by `read`, if it can be read."""
-        try:
-            self.dirty[target] = read()
-        except DiskError as error:
-            self.tell(target, error.sentence)
-        else:
-            self.since[target] = since
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes by target name."""
-        return {target: disk.size_bytes for target, disk in self.disks.items()}
-
-    def close(self) -> None:
-        """Close every disk. They were only read: nothing that goes wrong here loses anything."""
-        both: list[Disk | DirtyRanges] = [*self.dirty.values(), *self.disks.values()]
-        for opened in both:
-            with contextlib.suppress(DiskError):
-                opened.close()
-        self.dirty.clear()
-        self.disks.clear()
-        for lock in self.locks:
-            lock.close()
-        self.locks.clear()
-
-    def know_overlays(self, disk: FrozenDisk, *, asked: bool) -> None:
-        """What overlays know of a disk; `asked`: an earlier view was asked for."""
-        if disk.since is not None:
-            self.know(disk.target, disk.since, partial(open_allocated, disk.target, disk.image, disk.layers))
-        elif asked:
-            self.tell(disk.target, disk.why_not)
+    code = "no-view"
 
 
 @dataclass
@@ -110,9 +60,11 @@ class ViewDesk:
     limits: ScratchLimits = field(default_factory=ScratchLimits)
     _open: dict[str, OpenedView] = field(default_factory=dict)
     _freezing: set[str] = field(default_factory=set)
+    _unclaimed: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ledger = self.fences.ledger
+        self._served = ServedViews(self._ledger.folder)
         self.scratch = ScratchWatch(
             self.limits,
             lambda vm_uuid, view: self.hypervisor.close_view(vm_uuid, tag_of(view)),
@@ -125,15 +77,68 @@ class ViewDesk:
         self._orphans = list(self._ledger.contents.views)
 
     def close_orphans(self) -> tuple[AgentError, ...]:
-        """End the views that an agent process before this one was killed over: nobody can read them any more. Returns
-        what went wrong; asked again, it tries again."""
+        """Take over the views that an agent process before this one was killed over, where QEMU still serves them
+        whole, and end those that it does not, or that no run has asked for since. Returns what went wrong; asked again,
+        it tries again."""
         failed: list[AgentError] = []
         for orphan in tuple(self._orphans):
             try:
-                self.close(orphan.vm_uuid, orphan.view)
+                if not self._attach(orphan):
+                    self.close(orphan.vm_uuid, orphan.view)
             except AgentError as error:
                 failed.append(error)
+        for vm_uuid, since_s in tuple(self._unclaimed.items()):
+            if time.monotonic() - since_s > UNCLAIMED_FOR_S:
+                log.info("a view that nobody asked for is closed", vm=vm_uuid, view=self._open[vm_uuid].view)
+                try:
+                    self.close_of(vm_uuid)
+                except AgentError as error:
+                    failed.append(error)
         return tuple(failed)
+
+    def _attach(self, orphan: ViewRecord) -> bool:
+        """Read a view of a former agent process again. False where it is not what it was, or not whole."""
+        record = self._served.of(orphan.vm_uuid, orphan.view)
+        if record is None or orphan.vm_uuid in self._open:
+            return False
+        try:
+            if not self.hypervisor.serves_view(orphan.vm_uuid, tag_of(orphan.view)):
+                return False
+        except NoSuchDomain:
+            return False
+        opened = attached(record)
+        if opened is None:
+            return False
+        self.scratch.begin(orphan.vm_uuid, record.view, record.scratch.values(), sum(opened.sizes.values()))
+        self._open[orphan.vm_uuid] = opened
+        self._unclaimed[orphan.vm_uuid] = time.monotonic()
+        self._orphans.remove(orphan)
+        log.info("a view of a former agent is taken over", vm=orphan.vm_uuid, view=orphan.view)
+        return True
+
+    def reopen(self, pair: str, vm_uuid: str, targets: Sequence[str], view: str) -> OpenedView:
+        """That very view of those disks, as it was frozen, if it is still there.
+
+        Raises:
+            NoSuchView: it is not; nothing has been changed.
+        """
+        for orphan in tuple(self._orphans):
+            if (orphan.vm_uuid, orphan.view) == (vm_uuid, view):
+                self._attach(orphan)
+        opened = self._open.get(vm_uuid)
+        if opened is None or (opened.pair, opened.view) != (pair, view) or set(opened.disks) != set(targets):
+            raise NoSuchView(f"the view {view} of those disks is not open on this host any more", vm=vm_uuid)
+        if self.scratch.reason(vm_uuid, view) is not None:
+            raise NoSuchView(f"the view {view} was given up for want of room for its scratch files", vm=vm_uuid)
+        if opened.live and not self._is_served(vm_uuid, opened):
+            raise NoSuchView(f"the VM does not serve the view {view} any more", vm=vm_uuid)
+        self._unclaimed.pop(vm_uuid, None)
+        return opened
+
+    def _is_served(self, vm_uuid: str, opened: OpenedView) -> bool:
+        if self._served.of(vm_uuid, opened.view) is None:  # overlays are part of it: they stay as long as the VM
+            return self.hypervisor.state(vm_uuid) is not PowerState.OFF
+        return self.hypervisor.serves_view(vm_uuid, tag_of(opened.view))
 
     def thaw_owed(self) -> tuple[AgentError, ...]:
         """Thaw the guests that are owed it since an agent was killed, or since their own agent did not answer; returns
@@ -276,6 +281,8 @@ class ViewDesk:
         if served is not None:
             for target in rest:
                 opened.disks[target] = open_view(target, served.socket, served.exports[target])
+            if not frozen:
+                self._served.put(record_of(vm_uuid, opened, served))
             scratch_bytes = sum(opened.sizes[target] for target in rest)
             self.scratch.begin(vm_uuid, opened.view, served.scratch.values(), scratch_bytes)
 
@@ -408,7 +415,9 @@ class ViewDesk:
         if opened is not None and opened.view == view:
             del self._open[vm_uuid]
             opened.close()
+        self._unclaimed.pop(vm_uuid, None)
         self.scratch.end(vm_uuid)
+        self._served.drop(vm_uuid)
         with contextlib.suppress(NoSuchDomain):  # deleted, and the job with it
             self.hypervisor.close_view(vm_uuid, tag_of(view))
         record = ViewRecord(vm_uuid=vm_uuid, view=view)

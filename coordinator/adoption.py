@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from sqlalchemy import Connection
 
 from coordinator import journal, registry
+from coordinator.agents import ask
 from coordinator.context import LIFT_ORIGINAL_FENCE, SURVEY
 from coordinator.entries import EntryKind, JournalEntry, Phase, RunRecord
 from coordinator.errors import WrongState
@@ -22,7 +23,19 @@ from coordinator.records import DiskSizes, SurveyRecord
 from coordinator.states import TABLE
 from coordinator.survey import survey
 from coordinator.takeover import Author, note
-from protocol.messages import Condition, HeldFence, HeldPair, Holdings, HostDescription, Power, Side, VmDescription
+from protocol.messages import (
+    Condition,
+    Done,
+    HeldFence,
+    HeldPair,
+    Holdings,
+    HostDescription,
+    Order,
+    Power,
+    Side,
+    TakePair,
+    VmDescription,
+)
 
 STANDING = ("original_off", "fence_original", "tracking", "replica_off", "fence_replica", "protect_replica")
 """Steps that a run whose replica is fenced may have done, in order: undo takes each back, which is harmless where it
@@ -87,7 +100,11 @@ async def adopt(doctor: Doctor, proposal: Proposal) -> Pair:
         raise WrongState(f"{proposal.name} cannot be adopted: {proposal.sentence}", pair=proposal.name)
     pair = proposal.pair
     with pair_lock(doctor.config.state_dir, pair.name):
-        # First the agents: whoever still works under a lower epoch has ended when they have answered.
+        # First the agents: whoever still works under a lower epoch has ended when they have answered. The registry that
+        # held the pair may have been another one, which is lost: what is adopted is taken over.
+        order = Order(pair=pair.name, run=pair.run or "", epoch=pair.epoch)
+        for host in {pair.original.host, pair.replica.host}:
+            await ask(doctor.agents.agent(host), TakePair(order=order), Done)
         failed = await remember_pair(doctor.agents, pair, pair.run or "")
         if failed:
             raise failed[0]

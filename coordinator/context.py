@@ -27,7 +27,7 @@ LIFT_ORIGINAL_FENCE = "lift_original_fence"
 @dataclass
 class RunContext:
     """One run in the hands of one process. `pair` and `epoch` change as the run goes on; the rest
-    stays. `place`: of its registry (`coordinator.pair_holder.place_of`)."""
+    stays."""
 
     pair: Pair
     run: RunRecord
@@ -40,7 +40,6 @@ class RunContext:
     tokens: Tokens
     observer: Observer
     actor: str
-    place: str = ""
 
     @property
     def options(self) -> RunOptions:
@@ -50,7 +49,7 @@ class RunContext:
     @property
     def order(self) -> Order:
         """The authority of this run's orders."""
-        return Order(pair=self.pair.name, run=self.run.id, epoch=self.epoch, place=self.place)
+        return Order(pair=self.pair.name, run=self.run.id, epoch=self.epoch)
 
     @property
     def source(self) -> Agent:

@@ -104,7 +104,7 @@ class ShutdownPolicy(enum.Enum):
 
 
 MIN_RATE_BYTES_S = 100_000
-"""Below this the peer of a pass could take a disk whose turn is late for dead (`protocol.bulk.IDLE_TIMEOUT_S`)."""
+"""Below this a pass would take longer than anybody waits, and could hardly be told from one that is stuck."""
 MAX_RATE_BYTES_S = 10**12
 
 

@@ -291,7 +291,7 @@ def check_reports(
                 f"disk {disk.replica} has {disk.source_size_bytes} bytes, reported were {here.size_bytes} "
                 f"and {there.size_bytes}"
             )
-        known = here.zero_bytes + here.compared_bytes + here.unchanged_bytes
+        known = here.zero_bytes + here.compared_bytes + here.unchanged_bytes + here.resumed_bytes
         if known != disk.source_size_bytes:
             raise _disagrees(
                 f"of the {disk.source_size_bytes} bytes of disk {disk.replica} only {known} are accounted for"
@@ -305,6 +305,11 @@ def check_reports(
             raise _disagrees(
                 f"{here.unchanged_bytes} bytes of disk {disk.replica} were told to be unchanged, "
                 f"{there.unchanged_bytes} were taken as such"
+            )
+        if here.resumed_bytes != there.resumed_bytes:
+            raise _disagrees(
+                f"{here.resumed_bytes} bytes of disk {disk.replica} were left out as proven before, "
+                f"{there.resumed_bytes} were proven"
             )
         if here.changed_bytes != there.written_bytes:
             raise _disagrees(

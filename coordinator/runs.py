@@ -33,6 +33,7 @@ from coordinator.lookup import look_up_pair, prove_failover
 from coordinator.model import Pair, PairRequest, Rate, RestorePoint, RunLimits, RunOptions, State, SwitchPolicy
 from coordinator.pair_memory import remember_pair, seen_epoch
 from coordinator.pairlock import is_locked, pair_lock
+from coordinator.placed import PlacedAgents
 from coordinator.reports import ClosingReport, closing_report
 from coordinator.rounds import is_pass
 from coordinator.runlog import RunLog
@@ -84,7 +85,7 @@ class Coordinator:
         self.tokens = tokens
         self._make_store = make_store
         self._given_agents = agents
-        self._agents: AgentDirectory | None = agents
+        self._agents: AgentDirectory | None = None  # the same, who are told with each order whose it is
         self._stack = AsyncExitStack()
         self._store: Store | None = None
         self.rebuilds = False  # set before it is entered: a registry that is gone begins anew, to be rebuilt
@@ -100,7 +101,8 @@ class Coordinator:
         self._place = await trio.to_thread.run_sync(pair_holder.place_of, self.config)
         self._owes = bool(await self._store.read(owed))
         if self._given_agents is None:
-            self._agents = await self._stack.enter_async_context(open_agents(self.config))
+            self._given_agents = await self._stack.enter_async_context(open_agents(self.config))
+        self._agents = PlacedAgents(self._given_agents, self._place)
         return self
 
     async def __aexit__(
@@ -460,7 +462,6 @@ class Coordinator:
                 tokens=self.tokens,
                 observer=observer,
                 actor=self.actor,
-                place=self._place,
             )
             return await Engine(context, stop).work()
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from coordinator import rounds
 from coordinator.agents import ask
 from coordinator.context import RunContext
+from coordinator.errors import AgentRefused
 from coordinator.passes import ask_evidence, run_pass
 from coordinator.records import CheckpointsRecord, PassRecord, Record, ViewRecord
 from coordinator.runlog import RunLog
 from coordinator.steps import Step, StepFailed
 from protocol.messages import CloseView, Done, DropCheckpoints, OpenView, Tracking, ViewOpened, ViewSince
+
+NO_VIEW = "no-view"
+"""Code of an agent that has not the view any more that it was asked for again."""
 
 
 def ordinal(number: int) -> str:
@@ -58,6 +62,27 @@ class ViewStep(Step):
             )
         return ViewRecord(view=opened.view, live=opened.live, disks=opened.disks, opened_s=at_s)
 
+    async def reopened(self, context: RunContext) -> ViewRecord | None:
+        """The live view that an earlier process opened and did not finish the pass of, if the agent still has it: what
+        the target has proven against it need not be done again."""
+        before = context.log.result(self.name, ViewRecord)
+        if before is None or not before.live or not before.disks or not context.log.stands(self.name):
+            return None
+        order = OpenView(
+            order=context.order,
+            vm_uuid=context.pair.replica.uuid,
+            targets=tuple(disk.target for disk in before.disks),
+            view=before.view,
+            reopen=True,
+        )
+        try:
+            opened = await ask(context.source, order, ViewOpened)
+        except AgentRefused as error:
+            if error.code != NO_VIEW:
+                raise
+            return None
+        return ViewRecord(view=opened.view, live=opened.live, disks=opened.disks, opened_s=context.clock.monotonic_s())
+
     async def undo(self, context: RunContext) -> Record:
         """Close every view of this step."""
         attempts = context.log.attempts(self.name)
@@ -66,9 +91,11 @@ class ViewStep(Step):
 
     async def close_last(self, context: RunContext) -> ViewRecord:
         """Close the view that is open."""
-        attempt = context.log.attempts(self.name)
-        await self._close(context, (attempt,))
-        return ViewRecord(view=self._view(context, attempt), live=False)
+        opened = context.log.result(self.name, ViewRecord)
+        view = self._view(context, context.log.attempts(self.name)) if opened is None else opened.view
+        order = CloseView(order=context.order, vm_uuid=context.pair.replica.uuid, view=view)
+        await ask(context.source, order, Done)
+        return ViewRecord(view=view, live=False)
 
     def _view(self, context: RunContext, attempt: int) -> str:
         return f"{context.run.id}-{self.number_in(context)}" + (f".{attempt}" if attempt > 1 else "")
@@ -95,7 +122,11 @@ class OpenRoundView(ViewStep):
         return rounds.next_group(context.log, context.epoch, context.replica_targets)
 
     async def do(self, context: RunContext) -> ViewRecord:
-        """Open it, and ask what was written since the view that the target proves."""
+        """Open it, and ask what was written since the view that the target proves; or go on with the view of an earlier
+        process."""
+        again = await self.reopened(context)
+        if again is not None:
+            return again
         known = rounds.views_of(context.run.id, context.log)
         equals = {e.target: e.equals for e in await ask_evidence(context)} if known else {}
         wanted = self.targets_in(context)

@@ -11,24 +11,36 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from typing import cast
 
 from protocol import limits
 from protocol.bulk_connection import BulkConnection
+from protocol.bulk_ranges import join_ranges, split_ranges
 from protocol.connection import Allocate, Buffer, Received, Speaker, State, agree, no_common_version
 from protocol.errors import ConnectionLost, PeerEnded, PeerViolation, ProtocolError
 from protocol.link import LinkFacts, tune
-from protocol.messages import PROTOCOL_VERSIONS, BlockData, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, Role
+from protocol.messages import (
+    PROTOCOL_VERSIONS,
+    BlockData,
+    BulkHello,
+    BulkMessage,
+    BulkWelcome,
+    Credit,
+    Goodbye,
+    ProvenRanges,
+    Role,
+)
 from protocol.software import SOFTWARE
 from protocol.tls import PeerIdentity, explain
 from protocol.tls_socket import TlsSocket
 
 IDLE_TIMEOUT_S = 300.0
-"""Neither side may leave the other without a byte for so long; ``Credit(payload_bytes=0)`` is a sign of life."""
+"""A peer whose kernel answers may take nothing from us for so long: its agent waits for its storage."""
 
-ENDING_TIMEOUT_S = 3600.0
-"""After `EndOfPass` the target flushes and reads back what it wrote, and may have nothing to say for long. A host that
-is gone is noticed before, by TCP keepalive."""
+SILENCE_TIMEOUT_S = 30.0
+"""Neither side may leave the other without a byte for so long, however busy it is: `Credit` of nothing is a sign of
+life of the target, `SpansSettled` said again one of the source; both are given every 5 s."""
 
 HANDSHAKE_TIMEOUT_S = 10.0
 
@@ -43,6 +55,7 @@ class BulkSocket:
         bytes_sent, bytes_received: frames whole, before TLS.
         waited_for_window_s: how long `send` has waited for `Credit`: the peer's agent had not dealt with what it had.
         sending_s: how long `send` took to encrypt and to hand over to the kernel.
+        proven: at a source: the ranges (offset, length) that the welcome says equal the view already.
         waited_for_link_s: the part of `sending_s` in which the kernel had no room: the network took no more, or (then
             `LinkFacts.receiver_limited_s` rises too) the peer's kernel.
     """
@@ -64,6 +77,7 @@ class BulkSocket:
         self._failure: ProtocolError | None = None
         self._stopped = ConnectionLost("the bulk connection was shut down on this side")
         self._version = PROTOCOL_VERSIONS[0]
+        self.proven: tuple[tuple[int, int], ...] = ()
 
     def send(self, message: BulkMessage, *pieces: Buffer) -> None:
         """Send a message; `pieces`, end to end, are its payload, and may be used again on return.
@@ -103,30 +117,33 @@ class BulkSocket:
         comes out as a message; whoever receives again gets ConnectionLost (PeerEnded after a Goodbye).
 
         Args:
-            timeout_s: how long the peer may be silent, instead of the connection's idle time-out.
+            timeout_s: how long the peer may be silent, instead of `SILENCE_TIMEOUT_S` (or the connection's idle
+                time-out, where that is less).
         """
-        if timeout_s is None:
-            ending = self._connection.state is State.ENDING
-            timeout_s = max(self._idle_timeout_s, ENDING_TIMEOUT_S) if ending else self._idle_timeout_s
-        return self._receive(timeout_s, None)
+        return self._receive(min(self._idle_timeout_s, SILENCE_TIMEOUT_S) if timeout_s is None else timeout_s, None)
 
-    def welcome(self, *, window_bytes: int, ahead_bytes: int, lanes: int = 1) -> None:
+    def welcome(
+        self, *, window_bytes: int, ahead_bytes: int, lanes: int = 1, proven: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """Target: let the source in, once its grant and `peer.fingerprint` were checked.
 
         Args:
             window_bytes: `BlockData` payload that may be on its way without `Credit`; 1 MiB to 1 GiB.
             ahead_bytes: bytes of data that may be asked about and not answered; 1 MiB to 1 TiB.
             lanes: how many connections of this disk will be let in, this one included.
+            proven: rising ranges (offset, length) that equal the view already.
         """
-        self.send(
-            BulkWelcome(
-                version=self._version,
-                software=SOFTWARE,
-                window_bytes=window_bytes,
-                ahead_bytes=ahead_bytes,
-                lanes=lanes,
-            )
+        welcome = BulkWelcome(
+            version=self._version,
+            software=SOFTWARE,
+            window_bytes=window_bytes,
+            ahead_bytes=ahead_bytes,
+            lanes=lanes,
+            proven=len(proven),
         )
+        self.send(welcome)
+        if proven:
+            self.send(ProvenRanges(count=len(proven)), join_ranges(proven))
 
     def refuse(self, code: str, sentence: str) -> None:
         """Say Goodbye with that reason, if the connection still takes it, and close."""
@@ -242,6 +259,7 @@ def connect_bulk(
     grant: str,
     target: str,
     digest_seed: int,
+    attempt: int = 1,
     connect_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     welcome_timeout_s: float = WELCOME_TIMEOUT_S,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
@@ -254,6 +272,7 @@ def connect_bulk(
         peer_fingerprint: SHA-256 (hex) of the only certificate the target may show.
         grant, target: which grant, which of its disks (named as the target names it).
         digest_seed: of the xxh3-128 digests of this pass; random, 64 bits.
+        attempt: rises with each time that the disk's connections were lost.
         connect_timeout_s: for TCP and TLS together.
         welcome_timeout_s: from then on until the target agent, whose own part of the pass may begin later, lets us in.
         allocate: gives the buffer for a payload of so many bytes.
@@ -273,16 +292,26 @@ def connect_bulk(
         if bulk.peer.fingerprint != peer_fingerprint:
             raise PeerViolation(f"{peer} shows a certificate other than the one it was announced with")
         hello = BulkHello(
-            versions=PROTOCOL_VERSIONS, software=SOFTWARE, grant=grant, target=target, digest_seed=digest_seed
+            versions=PROTOCOL_VERSIONS,
+            software=SOFTWARE,
+            grant=grant,
+            target=target,
+            digest_seed=digest_seed,
+            attempt=attempt,
         )
         bulk.send(hello)
         message, _ = bulk._receive(idle_timeout_s, time.monotonic() + welcome_timeout_s)
         if isinstance(message, Goodbye):
             raise PeerEnded(f"{peer} refused the bulk connection: {message.sentence}", goodbye_code=message.code)
+        assert isinstance(message, BulkWelcome), message  # the table allows nothing else
+        if message.proven:
+            told, payload = bulk._receive(idle_timeout_s, time.monotonic() + welcome_timeout_s)
+            if not isinstance(told, ProvenRanges):
+                raise PeerViolation(f"{peer} announced {message.proven} proven ranges and said {type(told).__name__}")
+            bulk.proven = tuple(zip(*split_ranges([payload], told.count), strict=True))
     except ProtocolError:
         bulk.close()
         raise
-    assert isinstance(message, BulkWelcome), message  # the table allows nothing else
     return bulk, message
 
 

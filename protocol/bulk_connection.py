@@ -36,7 +36,9 @@ from protocol.messages import (
     Goodbye,
     PassFailed,
     PassVerified,
+    ProvenRanges,
     SpanAnswer,
+    SpansSettled,
     TrackedSpan,
     ZeroRanges,
 )
@@ -56,11 +58,17 @@ BULK_TABLE: Table = {
         CompareSpan: State.OPEN,
         TrackedSpan: State.OPEN,
         ZeroRanges: State.OPEN,
+        SpansSettled: State.OPEN,
         BlockData: State.OPEN,
         EndOfPass: State.ENDING,
         **_LAST_WORDS,
     },
-    (State.OPEN, Speaker.LISTENER): {SpanAnswer: State.OPEN, Credit: State.OPEN, **_LAST_WORDS},
+    (State.OPEN, Speaker.LISTENER): {
+        ProvenRanges: State.OPEN,
+        SpanAnswer: State.OPEN,
+        Credit: State.OPEN,
+        **_LAST_WORDS,
+    },
     (State.ENDING, Speaker.CALLER): _LAST_WORDS,
     (State.ENDING, Speaker.LISTENER): {Credit: State.ENDING, PassVerified: State.OVER, **_LAST_WORDS},
 }
@@ -126,6 +134,8 @@ class BulkConnection(Connection):
         self._asked_bytes = 0
         self._batches: dict[int, OpenSpan] = {}
         self._last_batch = -1  # batches are numbered from 0
+        self._settled_batch = -1
+        self._proven_due = 0
         self._end_of_spans = 0
 
     @property
@@ -173,6 +183,11 @@ class BulkConnection(Connection):
                 expected = payload_bytes
             case SpanAnswer():
                 expected = self._check_answer(message)
+            case ProvenRanges():
+                check_between("count", message.count, 1, limits.MAX_PROVEN_RANGES)
+                if message.count != self._proven_due:
+                    raise Breach(f"{message.count} proven ranges, where {self._proven_due} were announced")
+                expected = message.count * RANGE_BYTES
             case _:
                 self._check_plain(message)
                 expected = 0
@@ -243,12 +258,18 @@ class BulkConnection(Connection):
         match message:
             case BulkHello():
                 check_between("digest_seed", message.digest_seed, 0, MAX_SEED)
+                check_between("attempt", message.attempt, 1, limits.MAX_ATTEMPTS)
             case BulkWelcome():
                 if message.version not in self._offered:
                     raise Breach(f"BulkWelcome chooses version {message.version}, which was not offered")
                 check_between("window_bytes", message.window_bytes, limits.MIN_WINDOW_BYTES, limits.MAX_WINDOW_BYTES)
                 check_between("ahead_bytes", message.ahead_bytes, limits.MIN_AHEAD_BYTES, limits.MAX_AHEAD_BYTES)
                 check_between("lanes", message.lanes, 1, limits.MAX_LANES)
+                check_between("proven", message.proven, 0, limits.MAX_PROVEN_RANGES)
+            case SpansSettled():
+                check_between("batch", message.batch, self._settled_batch, self._last_batch)
+                if any(batch <= message.batch for batch in self._batches):
+                    raise Breach(f"SpansSettled up to batch {message.batch}, and not all of those are answered")
             case Credit():
                 check_between("payload_bytes", message.payload_bytes, 0, self.unacknowledged_bytes)
             case EndOfPass():
@@ -289,7 +310,13 @@ class BulkConnection(Connection):
                 self.unacknowledged_bytes -= message.payload_bytes
             case BulkHello():
                 self._offered = message.versions
+            case SpansSettled():
+                self._settled_batch = message.batch
+            case ProvenRanges():
+                check_rising(*split_ranges(payload, message.count))
+                self._proven_due = 0
             case BulkWelcome():
+                self._proven_due = message.proven
                 self.window_bytes, self._ahead_bytes = message.window_bytes, message.ahead_bytes
                 self._lanes = message.lanes
             case _:

@@ -24,6 +24,14 @@ def split_ranges(payload: Sequence[Buffer], count: int) -> tuple[array[int], arr
     return numbers[0::2], numbers[1::2]
 
 
+def join_ranges(ranges: Sequence[tuple[int, int]]) -> bytes:
+    """Ranges (offset, length) as they stand in a payload."""
+    numbers = array("Q", [number for pair in ranges for number in pair])
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
 def start_of(payload: Sequence[Buffer], wanted_bytes: int) -> Buffer:
     """The first bytes of a payload in pieces; copied only where they lie in several."""
     have = bytearray()

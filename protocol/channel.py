@@ -181,9 +181,10 @@ class ControlChannel:
             self._fail(error)
 
     async def _ping(self) -> None:
-        """Ask for a sign of life where nothing was heard for a while; `ControlPipe` ends what stays silent."""
+        """Ask for a sign of life where nothing was heard for a while, and give one where nothing was said, as in a pass
+        whose progress is told all the time; `ControlPipe` ends what stays silent, on either side."""
         while self._lost is None:
-            quiet_s = trio.current_time() - self._pipe.last_heard
+            quiet_s = trio.current_time() - min(self._pipe.last_heard, self._pipe.last_said)
             if quiet_s >= self._ping_after_s:
                 if not any(isinstance(request, Ping) for request in self._pipe.connection.outstanding.values()):
                     self._pipe.put(self._pipe.connection.ask(Ping())[1])

@@ -26,7 +26,7 @@ class ControlPipe:
 
     def __init__(self, stream: TlsStream, us: Speaker, peer: str, silent_after_s: float) -> None:
         self.connection = ControlConnection(us)
-        self.last_heard = trio.current_time()
+        self.last_heard = self.last_said = trio.current_time()
         self._stream = stream
         self._peer = peer
         self._silent_after_s = silent_after_s
@@ -45,6 +45,7 @@ class ControlPipe:
 
     def put(self, buffers: Sequence[Buffer]) -> None:
         """Queue what the state machine gave; never waits. Silently dropped when the pipe is closing."""
+        self.last_said = trio.current_time()
         with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
             self._queue.send_nowait(b"".join(buffers))
 

@@ -87,6 +87,12 @@ MAX_SUPERBLOCK_BYTES = 64 * MIB
 MAX_LANES = 16
 """Connections of one disk: some fill any link; each costs both ends a window of memory."""
 
+MAX_PROVEN_RANGES = 1024
+"""Ranges in one `BulkWelcome`: what is proven lies together but for what was on its way; the largest are told."""
+
+MAX_ATTEMPTS = 2**31 - 1
+"""`BulkHello.attempt`: attempts rise, and each costs at least a fraction of a second."""
+
 MIN_WINDOW_BYTES = 1 * MIB
 MAX_WINDOW_BYTES = 1024 * MIB
 """`BulkWelcome.window_bytes`: below, a link of any latency starves; above, nobody could mean it."""

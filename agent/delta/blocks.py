@@ -149,24 +149,27 @@ def plan_spans(
     *,
     batch_bytes: Callable[[], int] = lambda: BATCH_BYTES,
     batch_ranges: int = BATCH_RANGES,
+    start_bytes: int = 0,
+    first_number: int = 0,
 ) -> Iterator[Span]:
-    """Turn the extents of a whole disk into spans.
+    """Turn the extents of a disk, or of a stretch of it, into spans.
 
     Data is widened to whole blocks, zeroes are narrowed to them. Lazy: one span is held, and a hole is part of one span
     however long it is.
 
     Args:
-        extents: in order, adjoining, from 0 to `size_bytes`.
-        size_bytes: of the disk.
+        extents: in order, adjoining, from `start_bytes` to `size_bytes`.
+        size_bytes: of the disk, or a multiple of the block size where the stretch ends.
         batch_bytes: asked before each span: data in it if it is full, a multiple of the block size.
         batch_ranges: ranges of data in a span at most.
+        start_bytes: where the stretch begins, a multiple of the block size; `first_number`: of its first span.
 
     Raises:
         SyncError: the extents are not those of such a disk.
     """
-    number, begin, filled, most = 0, 0, 0, batch_bytes()
+    number, begin, filled, most = first_number, start_bytes, 0, batch_bytes()
     data: list[tuple[int, int]] = []
-    for start, end, zero in aligned_runs(extents, size_bytes):
+    for start, end, zero in aligned_runs(extents, size_bytes, start_bytes=start_bytes):
         while not zero and start < end:
             taken = min(most - filled, end - start)
             data.append((start, taken))

@@ -63,20 +63,23 @@ def plan_tracked(
     *,
     batch_bytes: Callable[[], int] = lambda: BATCH_BYTES,
     batch_ranges: int = BATCH_RANGES,
+    start_bytes: int = 0,
+    first_number: int = 0,
 ) -> Iterator[Span]:
-    """Turn what was written into spans that cover the whole disk; lazy, one span is held.
+    """Turn what was written into spans that cover the whole disk, or a stretch of it; lazy, one span is held.
 
     Args:
         written: what was, widened here to whole blocks.
         extents: of a run of the disk (offset, length), as `agent.disk.seam.Disk.extents`.
-        size_bytes: of the disk.
+        size_bytes: of the disk, or a multiple of the block size where the stretch ends.
         batch_bytes: asked before each span: data in it if it is full, a multiple of the block size.
         batch_ranges: ranges of a span at most, of data and of zeroes together.
+        start_bytes: where the stretch begins, a multiple of the block size; `first_number`: of its first span.
 
     Raises:
         SyncError: the ranges or the extents are not those of such a disk.
     """
-    number, begin, filled, most = 0, 0, 0, batch_bytes()
+    number, begin, filled, most = first_number, start_bytes, 0, batch_bytes()
     data: list[tuple[int, int]] = []
     zeroes: list[tuple[int, int]] = []
     for start, end, zero in _pieces(written, extents, size_bytes):

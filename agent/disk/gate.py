@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from agent.disk.runs import Run, problem_of
-from agent.errors import DiskError, DiskFull
+from agent.errors import DiskError, DiskFull, FlushFailed
 
 _CURES = {
     errno.ENOSPC: "free some room there, then resume",
@@ -111,7 +111,8 @@ class Gate:
 
     def _refusal(self, doing: str, run: Run, problem: str) -> DiskError:
         offset_bytes, length_bytes = run
-        return DiskError(
+        kind = FlushFailed if self._poison is not None else DiskError
+        return kind(
             f"Disk {self.name} ({self.where}): {doing} {length_bytes} bytes at {offset_bytes} refused: {problem}.",
             disk=self.name,
             offset_bytes=offset_bytes,
@@ -150,7 +151,10 @@ class Gate:
                 offset_bytes, length_bytes = error.offset_bytes, error.length_bytes
             facts = {"offset_bytes": offset_bytes, "length_bytes": length_bytes}
             what = f"{doing} {length_bytes} bytes at {offset_bytes}"
-            raise self.error(what, error.errno or 0, error.strerror or str(error), **facts) from error
+            failure = self.error(what, error.errno or 0, error.strerror or str(error), **facts)
+            if self._poison is not None:
+                raise FlushFailed(failure.sentence, **failure.facts) from error
+            raise failure from error
         finally:
             with self._changed:
                 self._inside -= 1

@@ -20,18 +20,18 @@ from agent.delta.granularity import Granularity
 from agent.disk.seam import Disk, Extent
 from agent.errors import SyncError
 from agent.sync.buffers import BufferPool
-from agent.sync.conversation import Conversation, Lane, Wire
+from agent.sync.conversation import Conversation, Lane, Wire, keep_alive
 from agent.sync.hashing import STEP_BYTES
 from agent.sync.meter import Meter
 from agent.sync.pass_map import PassMap
 from agent.sync.payloads import Coverage, Question, answer_to_wire, question_from_wire
 from agent.sync.rate import Limits
 from agent.sync.source import SKIMMED_BYTES, SourcePass
-from agent.sync.target import MAX_SPAN_BYTES, OWING_TIMEOUT_S, SIGN_OF_LIFE_S
+from agent.sync.target import MAX_SPAN_BYTES
 from agent.sync.tuning import Tuning
 from agent.sync.work import Work
 from protocol.errors import PeerViolation, ProtocolError
-from protocol.messages import ByteRange, CompareSpan, Credit, EndOfPass, PassVerified, SpanAnswer
+from protocol.messages import ByteRange, CompareSpan, Credit, EndOfPass, PassVerified, SpanAnswer, SpansSettled
 
 TOLD_STRETCHES = 64
 """Stretches that differ and are named: enough to see where it is, and no flood where everything is."""
@@ -73,8 +73,8 @@ class ComparingSource(SourcePass):
         super().__post_init__()
         self._differences = Differences(self.meter)
 
-    def _extents(self) -> Iterator[Extent]:
-        return iter([Extent(0, self.size_bytes, zero=False)])
+    def _extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
+        return iter([Extent(offset_bytes, length_bytes, zero=False)])
 
     def _batch_bytes(self) -> int:
         most = min(SKIMMED_BYTES, self.ahead_bytes)
@@ -188,22 +188,24 @@ class ComparingTarget:
         self.talk.join(wire, self._listen)
 
     async def _give_signs_of_life(self) -> None:
-        while True:
-            await trio.sleep(SIGN_OF_LIFE_S)
-            try:
-                for lane in self.talk.lanes:
-                    await self.talk.send(lane, Credit(payload_bytes=0))
-            except ProtocolError:
-                if self._lanes_ended and not self._everything_came.is_set():
-                    raise  # of the lanes that are still to come nobody else would notice
+        await keep_alive(self.talk, self._give_sign_of_life)
+
+    async def _give_sign_of_life(self, lane: Lane) -> None:
+        try:
+            await self.talk.send(lane, Credit(payload_bytes=0))
+        except ProtocolError:
+            if self._lanes_ended and not self._everything_came.is_set():
+                raise  # of the lanes that are still to come nobody else would notice
 
     async def _listen(self, lane: Lane) -> None:
         books = _LaneBooks()
         while True:
-            message, payload = await self.talk.receive(lane, OWING_TIMEOUT_S if books.asked_bytes else None)
+            message, payload = await self.talk.receive(lane)
             match message:
                 case CompareSpan():
                     self._take_question(lane, books, message, payload)
+                case SpansSettled():
+                    pass  # a sign of life: where something differs, nothing follows
                 case EndOfPass():
                     self._end(books, message)
                     return

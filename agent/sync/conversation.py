@@ -24,6 +24,9 @@ FAREWELL_TIMEOUT_S = 5.0
 """How long a failing side tries to tell the other why before it just hangs up."""
 HEAR_OUT_S = 1.0
 """How long a side whose send found the connection gone waits for what the peer may have said before."""
+SIGN_OF_LIFE_S = 5.0
+"""How often each side hears from the other, however busy that is; a side that is silent for half a minute is taken for
+dead (`protocol.bulk.SILENCE_TIMEOUT_S`)."""
 SENDERS = 8
 """More than the tasks of either side that send, so that a farewell always finds a thread."""
 
@@ -85,11 +88,13 @@ class Lane:
 
 @dataclass
 class Conversation:
-    """One disk's pass over its connections. `disk_name` is what messages call the disk."""
+    """One disk's pass over its connections. `disk_name` is what messages call the disk; `before_bytes`: what earlier
+    connections of the pass carried."""
 
     disk_name: str
     threads: Threads
     lanes: list[Lane]
+    before_bytes: int = 0
     _nursery: trio.Nursery | None = None
     _scope: trio.CancelScope | None = None
     _failure: AgentError | ProtocolError | None = None
@@ -97,8 +102,8 @@ class Conversation:
 
     @property
     def wire_bytes(self) -> int:
-        """What all lanes carried so far, both ways."""
-        return sum(lane.wire.bytes_sent + lane.wire.bytes_received for lane in self.lanes)
+        """What all lanes carried so far, both ways, and those of earlier attempts."""
+        return self.before_bytes + sum(lane.wire.bytes_sent + lane.wire.bytes_received for lane in self.lanes)
 
     async def send(self, lane: Lane, message: BulkMessage, *pieces: bytes | bytearray | memoryview) -> None:
         """Send one message, its payload in pieces."""
@@ -242,6 +247,35 @@ class Conversation:
             target=self.disk_name,
             offset_bytes=offset if isinstance(offset, int) else -1,
         )
+
+
+async def keep_alive(talk: Conversation, say: Callable[[Lane], Awaitable[None]]) -> None:
+    """Let each connection hear from us every `SIGN_OF_LIFE_S`, whatever holds the others up. Ends by failing.
+
+    Raises:
+        ProtocolError: a connection is gone.
+    """
+    busy: set[Lane] = set()
+    failures: list[ProtocolError] = []
+
+    async def one(lane: Lane) -> None:
+        try:
+            await say(lane)
+        except ProtocolError as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+        finally:
+            busy.discard(lane)
+
+    async with trio.open_nursery() as nursery:
+        while not failures:
+            await trio.sleep(SIGN_OF_LIFE_S)
+            for lane in talk.lanes:
+                if lane not in busy:
+                    busy.add(lane)
+                    nursery.start_soon(one, lane)
+    if failures:
+        raise failures[0]
 
 
 async def side_by_side(tasks: Iterable[Callable[[], Awaitable[None]]]) -> None:

@@ -13,10 +13,28 @@ TRACKED_RUNG = "bitmap"
 WHY_NOT_BITMAP = "no dirty bitmap of this disk is at hand since a view that the target equals"
 WHY_NOT_HIGHER = "no dirty bitmap and no digest map of this disk is at hand, so both sides are read and hashed"
 
+_OF_AN_ATTEMPT = (
+    "zero_bytes",
+    "compared_bytes",
+    "settled_bytes",
+    "changed_bytes",
+    "written_bytes",
+    "zeroed_bytes",
+    "verified_bytes",
+    "stored_bytes",
+    "unchanged_bytes",
+    "mapped_bytes",
+    "unmapped_bytes",
+    "differing_bytes",
+    "resumed_bytes",
+)
+"""Counters that begin anew when the connections are lost; what of them is proven is `resumed_bytes` then."""
+
 
 @dataclass
 class Meter:
-    """Counters in bytes of disk unless they say otherwise; they only grow. Only the pass's own tasks write here."""
+    """Counters in bytes of disk unless they say otherwise; they only grow, but for `cut`. Only the pass's own tasks
+    write here."""
 
     target: str
     size_bytes: int
@@ -43,6 +61,11 @@ class Meter:
     unmapped_bytes: int = 0  # not known from it
     differing_bytes: int = 0
     differing: list[ByteRange] = field(default_factory=list)
+    resumed_bytes: int = 0
+    reconnects: int = 0
+    reconnecting: bool = False
+    earlier_compared_bytes: int = 0
+    earlier_changed_bytes: int = 0
 
     @classmethod
     def of(cls, granted: GrantedDisk, why_not: str | None = None) -> Meter:
@@ -53,6 +76,18 @@ class Meter:
         elif why_not:
             meter.why_not_higher = why_not
         return meter
+
+    def cut(self) -> None:
+        """The connections of the disk are lost: what follows is counted anew, and this attempt's work apart."""
+        self.reconnects += 1
+        self.reconnecting = True
+        self.earlier_compared_bytes += self.compared_bytes
+        self.earlier_changed_bytes += self.changed_bytes or self.written_bytes
+        for name in _OF_AN_ATTEMPT:
+            setattr(self, name, 0)
+        self.frames.clear()
+        self.differing.clear()
+        self.work_bytes = None
 
     def add_frame(self, packed: Packed, stored_bytes: int) -> None:
         """A frame of data was sent, stored in `stored_bytes`."""
@@ -84,6 +119,8 @@ class Meter:
             zero_bytes=self.zero_bytes,
             changed_bytes=self.changed_bytes,
             wire_bytes=self.wire_bytes,
+            reconnects=self.reconnects,
+            reconnecting=self.reconnecting,
         )
 
     def report(self) -> DiskReport:
@@ -110,4 +147,8 @@ class Meter:
             unchanged_bytes=self.unchanged_bytes,
             differing_bytes=self.differing_bytes,
             differing=tuple(self.differing),
+            resumed_bytes=self.resumed_bytes,
+            reconnects=self.reconnects,
+            earlier_compared_bytes=self.earlier_compared_bytes,
+            earlier_changed_bytes=self.earlier_changed_bytes,
         )

@@ -197,14 +197,23 @@ class PassMap:
         """
         with self._held():
             self._require()
-            for ranges in self._unproven.values():
-                self._forget(ranges)
-            self._unproven.clear()
+            self._forget_unproven()
             self._store()
             self._windows.clear()
             self._file.settle(view or self._file.header.view, stamp)
             self._file.close()
         return not self.lost
+
+    def break_off(self) -> None:
+        """The pass begins anew with its writes: what was written and not proven is unknown."""
+        with self._held():
+            self._require()
+            self._forget_unproven()
+
+    def _forget_unproven(self) -> None:
+        for ranges in self._unproven.values():
+            self._forget(ranges)
+        self._unproven.clear()
 
     def _forget(self, ranges: Ranges) -> None:
         for offset, length in ranges.tolist():

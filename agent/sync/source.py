@@ -8,7 +8,7 @@ two round trips of latency, one for the comparison and one for the proof, howeve
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,16 +24,18 @@ from agent.disk.dirty import DirtyRanges
 from agent.disk.seam import Disk, Extent
 from agent.sync.budget import ByteBudget
 from agent.sync.buffers import BufferPool
-from agent.sync.conversation import Conversation, Lane
+from agent.sync.conversation import Conversation, Lane, keep_alive, side_by_side
 from agent.sync.hashing import hash_span, read_data, read_span
 from agent.sync.meter import Meter
 from agent.sync.payloads import answer_from_wire, ranges_to_wire
 from agent.sync.processor import ProcessorTime
+from agent.sync.proven import check_runs, missing
 from agent.sync.rate import Limits
+from agent.sync.stall import StallWatch
 from agent.sync.tuning import INTERVAL_S, Tuning
 from agent.sync.work import Found, LaneBooks, Work, chosen, packed_whole, timed
 from protocol.errors import PeerViolation
-from protocol.messages import BlockData, Codec, EndOfPass, PassVerified, SpanAnswer, ZeroRanges
+from protocol.messages import BlockData, Codec, EndOfPass, PassVerified, SpanAnswer, SpansSettled, ZeroRanges
 
 PLANNED_AT_ONCE = 4
 """Spans planned in one thread hop: asking for extents is quick, the hop is not."""
@@ -43,6 +45,8 @@ SKIMMED_BYTES = 128 << 20
 """Data of a span where next to nothing differs: it is read through one buffer, and what differs is read once more."""
 SKIMMED_AT_ONCE = 4
 """Such spans that are asked about and not settled: what may be read once more when a disk turns out to differ."""
+TELL_EVERY_BYTES = 64 << 20
+"""Data of spans on one connection between two words of how far it is settled: what a cut link may cost."""
 PORTION_BYTES = 4 << 20
 """How much of a skimmed span is read once more at a time; a superblock at least."""
 
@@ -62,6 +66,7 @@ class SourcePass:
         tuning: chooses granularity and compression while the pass runs.
         dirty: what was written since the view that the target is granted to equal; None: nothing of that is known, and
             everything is compared.
+        proven: what the target says equals the view already, as rising runs; not looked at.
     """
 
     disk: Disk
@@ -74,6 +79,7 @@ class SourcePass:
     tuning: Tuning
     meter: Meter
     dirty: DirtyRanges | None = None
+    proven: tuple[tuple[int, int], ...] = ()
     verified: PassVerified | None = None
 
     def __post_init__(self) -> None:
@@ -81,8 +87,13 @@ class SourcePass:
         self._skimmed = trio.Semaphore(SKIMMED_AT_ONCE)
         self._second_look = trio.Lock()
         self._spare: memoryview | None = None
+        self._reading = 0
         self._books = {lane: LaneBooks(ByteBudget(self.ahead_bytes)) for lane in self.talk.lanes}
         self.meter.access = self.disk.access
+        check_runs(self.proven, self.size_bytes)
+        self.meter.resumed_bytes = sum(length for _, length in self.proven)
+        if self.dirty is None:
+            self.meter.settled_bytes = self.meter.resumed_bytes
 
     async def run(self) -> PassVerified:
         """Carry the pass to its end; returns what the target verified.
@@ -91,7 +102,7 @@ class SourcePass:
             AgentError, ProtocolError: the pass is not complete.
         """
         listeners = [partial(self._listen, lane) for lane in self.talk.lanes]
-        await self.talk.run(self._plan, *listeners, meanwhile=self._tune)
+        await self.talk.run(self._plan, *listeners, meanwhile=self._accompany)
         self.meter.wire_bytes = self.talk.wire_bytes
         self.meter.superblock_bytes = self.tuning.granularity.superblock_bytes
         self.meter.detail_bytes = self.tuning.granularity.detail_bytes
@@ -115,21 +126,40 @@ class SourcePass:
                 compared_bytes=books.compared_bytes,
                 unchanged_bytes=books.unchanged_bytes,
             )
-            await self.talk.send(lane, end)
+            async with books.turn:
+                books.ended = True
+                await self.talk.send(lane, end)
 
     async def _spans(self) -> Iterator[Span]:
-        if self.dirty is None:
-            return plan_spans(self._extents(), self.size_bytes, batch_bytes=self._batch_bytes)
-        # Counted beforehand, so that progress has an end; a bitmap is read in no time.
-        counting = whole_blocks(self.dirty.ranges(0, self.size_bytes), self.size_bytes)
-        self.meter.work_bytes = 0
-        while runs := await self.talk.threads.on_disk(lambda: list(islice(counting, COUNTED_AT_ONCE))):
-            self.meter.work_bytes += sum(end - start for start, end in runs)
-        written = self.dirty.ranges(0, self.size_bytes)
-        return plan_tracked(written, self.disk.extents, self.size_bytes, batch_bytes=self._batch_bytes)
+        stretches = missing(self.proven, self.size_bytes)
+        if self.dirty is not None:
+            # Counted beforehand, so that progress has an end; a bitmap is read in no time.
+            self.meter.work_bytes = 0
+            for start, end in stretches:
+                counting = whole_blocks(self.dirty.ranges(start, end - start), end)
+                while runs := await self.talk.threads.on_disk(partial(_first_of, counting)):
+                    self.meter.work_bytes += sum(behind - first for first, behind in runs)
+        return self._planned(stretches)
 
-    def _extents(self) -> Iterator[Extent]:
-        return self.disk.extents(0, self.size_bytes)
+    def _planned(self, stretches: Iterable[tuple[int, int]]) -> Iterator[Span]:
+        """The spans of stretches (start, end) that are not proven, numbered through."""
+        number = 0
+        for start, end in stretches:
+            for span in self._plan_stretch(start, end, number):
+                yield span
+                number = span.number + 1
+
+    def _plan_stretch(self, start: int, end: int, number: int) -> Iterator[Span]:
+        if self.dirty is None:
+            extents = self._extents(start, end - start)
+            return plan_spans(extents, end, batch_bytes=self._batch_bytes, start_bytes=start, first_number=number)
+        written = self.dirty.ranges(start, end - start)
+        return plan_tracked(
+            written, self.disk.extents, end, batch_bytes=self._batch_bytes, start_bytes=start, first_number=number
+        )
+
+    def _extents(self, offset_bytes: int, length_bytes: int) -> Iterator[Extent]:
+        return self.disk.extents(offset_bytes, length_bytes)
 
     def _batch_bytes(self) -> int:
         """Data of the next span: no more than may be asked about at once. Under a limit about what may be read in a
@@ -169,7 +199,24 @@ class SourcePass:
                 self._skimmed.release()
         self.meter.settled_bytes += work.span.length_bytes - work.span.unchanged_bytes
         self.meter.wire_bytes = self.talk.wire_bytes
+        await self._tell_settled(work)
         work.settled.set()
+
+    async def _tell_settled(self, work: Work) -> None:
+        """What is not told now is told by the next sign of life, or was told by the end."""
+        books = self._books[work.lane]
+        books.settled_batch = work.span.number
+        books.untold_bytes += work.span.data_bytes
+        if books.untold_bytes >= TELL_EVERY_BYTES:
+            books.untold_bytes = 0
+            await self._say_how_far(work.lane)
+
+    async def _say_how_far(self, lane: Lane) -> None:
+        """Whatever was settled on that connection, or, if that is known already, that we are alive."""
+        books = self._books[lane]
+        async with books.turn:
+            if not books.ended:
+                await self.talk.send(lane, SpansSettled(batch=books.settled_batch))
 
     def _let_go(self, work: Work) -> None:
         if work.buffer is not None:
@@ -192,7 +239,9 @@ class SourcePass:
                 seed=self.seed,
             )
         async with self._readers:
+            self._reading += 1
             hashed, seconds = await self.talk.threads.on_disk(partial(timed, call))
+            self._reading -= 1
         if not work.unasked:
             self.tuning.read(work.span.data_bytes, seconds)
         work.hashed = hashed
@@ -334,6 +383,13 @@ class SourcePass:
         differing_bytes = total_bytes(work.hashed.superblocks[work.answer.differs])
         self.tuning.learn(seen, compared_bytes=work.span.data_bytes, differing_bytes=differing_bytes)
 
+    async def _accompany(self) -> None:
+        watch = StallWatch(self.talk.disk_name, "source", self.meter, self.limits, self._waits_for)
+        await side_by_side((self._tune, partial(keep_alive, self.talk, self._say_how_far), watch.run))
+
+    def _waits_for(self) -> str:
+        return "storage" if self._reading else "peer"
+
     async def _tune(self) -> None:
         """Look at what the links were waited for, again and again."""
         before, processors = self._waits(), ProcessorTime()
@@ -358,3 +414,7 @@ class SourcePass:
             link_s += max(0.0, lane.wire.waited_for_link_s - kernel_s) / len(self.talk.lanes)
             receiver_s += (lane.wire.waited_for_window_s + kernel_s) / len(self.talk.lanes)
         return trio.current_time(), link_s, receiver_s
+
+
+def _first_of(runs: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
+    return list(islice(runs, COUNTED_AT_ONCE))

@@ -8,17 +8,17 @@ sent. What it wrote is told by `agent.sync.writing`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import trio
 
-from agent.delta.blocks import gaps, total_bytes
+from agent.delta.blocks import Ranges, gaps, total_bytes
 from agent.disk.seam import Disk
 from agent.errors import NoEvidence, SyncError
 from agent.sync.buffers import BufferPool
-from agent.sync.conversation import Conversation, Lane, Wire
+from agent.sync.conversation import Conversation, Lane, Wire, keep_alive, side_by_side
 from agent.sync.map_answers import answer_with_map
 from agent.sync.meter import Meter
 from agent.sync.pass_map import PassMap
@@ -31,7 +31,9 @@ from agent.sync.payloads import (
     ranges_from_wire,
     tracked_from_wire,
 )
+from agent.sync.proven import Proven, Settling, SpanBooks
 from agent.sync.rate import Limits
+from agent.sync.stall import StallWatch
 from agent.sync.writing import Incoming, Writing
 from protocol.errors import PeerViolation, ProtocolError
 from protocol.messages import (
@@ -41,6 +43,7 @@ from protocol.messages import (
     EndOfPass,
     PassVerified,
     SpanAnswer,
+    SpansSettled,
     TrackedSpan,
     ZeroRanges,
 )
@@ -49,11 +52,13 @@ MAX_OPEN_SPANS = 1024
 """Answered spans that changed data may still come for: the books of a pass must not grow with the disk."""
 MAX_SPAN_BYTES = 256 << 20
 """Data of one span at most: an answer must not take longer than a source is willing to wait for any sign of life."""
-SIGN_OF_LIFE_S = 30.0
-"""How often the source hears from a target that is busy; it gives up on one that is silent for minutes."""
-OWING_TIMEOUT_S = 3600.0
-"""How long the source may be silent while it waits for us: it has no way to give a sign of life. A host that is gone is
-noticed before, by TCP keepalive."""
+MAX_UNSETTLED_SPANS = 64 << 10
+"""Spans of one connection that were told and are not proven, for the same reason: far more than are on their way."""
+
+
+PROVE_EVERY_S = 1.0
+"""How long what is written may wait to be proven where too little comes to make it worth a flush: what is not proven is
+done again when the link is cut."""
 
 
 @dataclass
@@ -65,6 +70,7 @@ class LaneBooks:
     """
 
     allowed: Allowed
+    settling: Settling
     asked_bytes: int = 0
     data_bytes: int = 0
     spoken_bytes: int = 0
@@ -86,6 +92,7 @@ class TargetPass:
         since: the view that the disk equals, as the grant says and the caller has proven: what was not written since
             then is unchanged, and everything else is told by tracked spans. None: everything is compared.
         digest_map: what the disk's blocks hold, as far as it is known; of this pass's seed.
+        proven: grows by what is proven to equal the view; `resumed`: what the source was told of it beforehand.
     """
 
     disk: Disk
@@ -99,14 +106,21 @@ class TargetPass:
     meter: Meter
     since: str | None = None
     digest_map: PassMap | None = None
+    proven: Proven = field(default_factory=Proven)
+    resumed: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         self._readers = trio.Semaphore(self.disk.readers)
         self._coverage = Coverage(self.source_size_bytes)
+        for run in self.resumed:
+            self._coverage.claim(*run)
+        self.meter.resumed_bytes = self._coverage.covered_bytes
         self._everything_came = trio.Event()
         self._lanes_expected: int | None = None
         self._lanes_ended = 0
+        self._asking = 0
         self._writing = Writing(self.disk, self.talk, self.before_first_write, self.meter, self.digest_map)
+        self.proven.is_quiet = lambda: not (self._writing.is_busy or self._writing.is_behind)
         self.meter.access = self.disk.access
 
     async def run(self) -> None:
@@ -124,24 +138,33 @@ class TargetPass:
         self.talk.join(wire, self._listen)
 
     async def _give_signs_of_life(self) -> None:
+        watch = StallWatch(self.talk.disk_name, "target", self.meter, self.limits, self._waits_for)
+        signs = partial(keep_alive, self.talk, self._give_sign_of_life)
+        await side_by_side((self._prove_in_time, signs, watch.run))
+
+    def _waits_for(self) -> str:
+        return "storage" if self._asking or self._writing.is_busy else "nobody"
+
+    async def _prove_in_time(self) -> None:
         while True:
-            await trio.sleep(SIGN_OF_LIFE_S)
-            try:
-                for lane in self.talk.lanes:
-                    await self.talk.send(lane, Credit(payload_bytes=0))
-            except ProtocolError:
-                # Whoever still has something to say notices it as well. But nobody has where a source said its end on
-                # each connection that came, spoke of more connections than those, and is gone.
-                if self._lanes_ended and not self._everything_came.is_set():
-                    raise
+            await trio.sleep(PROVE_EVERY_S)
+            self._writing.prove_now()
+
+    async def _give_sign_of_life(self, lane: Lane) -> None:
+        try:
+            await self.talk.send(lane, Credit(payload_bytes=0))
+        except ProtocolError:
+            # Whoever still has something to say notices it as well. But nobody has where a source said its end on
+            # each connection that came, spoke of more connections than those, and is gone.
+            if self._lanes_ended and not self._everything_came.is_set():
+                raise
 
     # --- receiving ------------------------------------------------------------------------------------------------
 
     async def _listen(self, lane: Lane) -> None:
-        books = LaneBooks(Allowed(self.source_size_bytes))
+        books = LaneBooks(Allowed(self.source_size_bytes), Settling(self.proven))
         while True:
-            owing = books.asked_bytes or self._writing.waiting_bytes
-            message, payload = await self.talk.receive(lane, OWING_TIMEOUT_S if owing else None)
+            message, payload = await self.talk.receive(lane)
             match message:
                 case CompareSpan():
                     await self._take_question(lane, books, message, payload)
@@ -150,9 +173,11 @@ class TargetPass:
                 case ZeroRanges():
                     ranges = ranges_from_wire(payload, message.count)
                     books.allowed.accept(ranges)
-                    await self._writing.put(Incoming(lane, ranges, None, payload))
+                    await self._writing.put(Incoming(lane, ranges, None, payload, _came(books, ranges)))
                 case BlockData():
                     await self._take_data(lane, books, message, payload)
+                case SpansSettled():
+                    books.settling.settle(message.batch)
                 case EndOfPass():
                     self._end(books, message)
                     return
@@ -167,12 +192,17 @@ class TargetPass:
                 f"a span that may change anything, in a pass limited to what changed since {self.since}"
             )
         question = question_from_wire(message, payload, self.source_size_bytes)
-        self._claim(books, question)
+        span = self._claim(books, question)
         if message.count:
-            self._ask(lane, books, question)
+            self._ask(lane, books, question, span)
         zeroes = gaps(question.data, message.offset_bytes, message.length_bytes)
+        await self._put_zeroes(lane, books, span, zeroes)
+
+    async def _put_zeroes(self, lane: Lane, books: LaneBooks, span: SpanBooks, zeroes: Ranges) -> None:
         if len(zeroes):
-            await self._writing.put(Incoming(lane, zeroes, None, payload[:0]))
+            span.waiting += 1
+            done = partial(books.settling.done, span)
+            await self._writing.put(Incoming(lane, zeroes, None, memoryview(b""), done))
 
     async def _take_tracked(self, lane: Lane, books: LaneBooks, message: TrackedSpan, payload: memoryview) -> None:
         if self.since is None:
@@ -182,19 +212,19 @@ class TargetPass:
                 disk=self.talk.disk_name,
             )
         question, zeroes = tracked_from_wire(message, payload, self.source_size_bytes)
-        self._claim(books, question)
+        span = self._claim(books, question)
         unchanged_bytes = message.length_bytes - question.data_bytes - total_bytes(zeroes)
         books.unchanged_bytes += unchanged_bytes
         self.meter.unchanged_bytes += unchanged_bytes
         if message.superblock_bytes and message.data_count:
-            self._ask(lane, books, question)
+            self._ask(lane, books, question, span)
         else:
             self._check_open(books)
             books.allowed.owe(message.offset_bytes, question.data)
-        if len(zeroes):
-            await self._writing.put(Incoming(lane, zeroes, None, payload[:0]))
+            span.owed_bytes = question.data_bytes
+        await self._put_zeroes(lane, books, span, zeroes)
 
-    def _claim(self, books: LaneBooks, question: Question) -> None:
+    def _claim(self, books: LaneBooks, question: Question) -> SpanBooks:
         """Book a span; refuse one that nobody could answer here."""
         message = question.message
         if question.data_bytes > MAX_SPAN_BYTES or message.superblock_bytes > self.buffers.buffer_bytes:
@@ -205,10 +235,15 @@ class TargetPass:
             )
         self._coverage.claim(message.offset_bytes, message.length_bytes)
         books.spoken_bytes += message.length_bytes
+        if books.settling.open_spans > MAX_UNSETTLED_SPANS:
+            raise PeerViolation(f"{MAX_UNSETTLED_SPANS} spans were told, and none of them was settled")
+        return books.settling.begin(message.offset_bytes, message.length_bytes, message.batch)
 
-    def _ask(self, lane: Lane, books: LaneBooks, question: Question) -> None:
+    def _ask(self, lane: Lane, books: LaneBooks, question: Question, span: SpanBooks) -> None:
         books.asked_bytes += question.data_bytes
-        self.talk.spawn(partial(self._answer, lane, books, question))
+        self._asking += 1
+        span.waiting += 1
+        self.talk.spawn(partial(self._answer, lane, books, question, span))
 
     @staticmethod
     def _check_open(books: LaneBooks) -> None:
@@ -221,7 +256,7 @@ class TargetPass:
         if total_bytes(ranges) != message.plain_bytes:
             raise PeerViolation(f"ranges of {total_bytes(ranges)} bytes in all were declared as {message.plain_bytes}")
         books.data_bytes += message.plain_bytes
-        await self._writing.put(Incoming(lane, ranges, message, payload))
+        await self._writing.put(Incoming(lane, ranges, message, payload, _came(books, ranges)))
 
     def _end(self, books: LaneBooks, message: EndOfPass) -> None:
         ours = (books.data_bytes, books.unchanged_bytes, books.spoken_bytes)
@@ -248,7 +283,7 @@ class TargetPass:
 
     # --- comparing ------------------------------------------------------------------------------------------------
 
-    async def _answer(self, lane: Lane, books: LaneBooks, question: Question) -> None:
+    async def _answer(self, lane: Lane, books: LaneBooks, question: Question, span: SpanBooks) -> None:
         async with self._readers:
             if self.digest_map is None:
                 await self.limits.read.take(question.data_bytes)
@@ -268,8 +303,10 @@ class TargetPass:
         self.meter.mapped_bytes += answered.mapped_bytes
         self.meter.unmapped_bytes += question.data_bytes - answered.mapped_bytes
         books.asked_bytes -= question.data_bytes
+        self._asking -= 1
         self._check_open(books)
         books.allowed.open(question.message.offset_bytes, question.superblocks[told.differs])
+        books.settling.done(span)
         message = SpanAnswer(batch=question.message.batch, read_bytes=read_bytes, details=len(told.details))
         await self.talk.send(lane, message, *answer_to_wire(told))
 
@@ -287,6 +324,7 @@ class TargetPass:
                 f"disk {self.talk.disk_name}: {self.meter.written_bytes + self.meter.zeroed_bytes} bytes were written "
                 f"and {self.meter.verified_bytes} verified; run the pass again"
             )
+        self.proven.add(0, self.source_size_bytes)
         self.meter.settled_bytes = self.source_size_bytes
         if self.digest_map is not None:
             self.meter.name_rung(self.digest_map.lost)
@@ -301,3 +339,11 @@ class TargetPass:
         )
         for lane in self.talk.lanes:
             await self.talk.send(lane, verified)
+
+
+def _came(books: LaneBooks, ranges: Ranges) -> Callable[[], None]:
+    """Book changes that came for a span; what is returned is to be called when they are proven."""
+    span = books.settling.at(int(ranges[0, 0]))
+    span.waiting += 1
+    span.owed_bytes -= min(span.owed_bytes, total_bytes(ranges))
+    return partial(books.settling.done, span)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,7 @@ class Written:
     Attributes:
         size_bytes: data and zeroes together.
         count: ranges and runs together: what bounds its memory.
+        when_proven: to be called then.
     """
 
     ranges: list[Ranges] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Written:
     zeroes: list[tuple[int, int]] = field(default_factory=list)
     size_bytes: int = 0
     count: int = 0
+    when_proven: list[Callable[[], None]] = field(default_factory=list)
 
     def add_data(self, ranges: Ranges, proofs: bytes) -> None:
         """Remember ranges and their digests (32 bytes each, in the order of `ranges`)."""

@@ -107,9 +107,20 @@ class Found:
 
 @dataclass
 class LaneBooks:
-    """What one connection has carried of the pass, as `EndOfPass` tells it."""
+    """What one connection has carried of the pass, as `EndOfPass` tells it.
+
+    Attributes:
+        settled_batch: the last span of which everything was sent; `untold_bytes`: the data of those settled since the
+            target was told.
+        ended: `EndOfPass` was said, or is about to be.
+        turn: of those who say how far the connection is, so that no older word comes after a newer one.
+    """
 
     ahead: ByteBudget
+    settled_batch: int = -1
+    untold_bytes: int = 0
+    ended: bool = False
+    turn: trio.Lock = field(default_factory=trio.Lock)
     pending: dict[int, Work] = field(default_factory=dict)
     last: Work | None = None
     data_bytes: int = 0

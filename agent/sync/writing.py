@@ -46,12 +46,14 @@ ZERO_STEP_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Incoming:
-    """Data (with its payload) or zeroes to write, as they came on a lane."""
+    """Data (with its payload) or zeroes to write, as they came on a lane. `proven` is called when that is done, flushed
+    and read back."""
 
     lane: Lane
     ranges: Ranges
     data: BlockData | None
     payload: memoryview
+    proven: Callable[[], None] | None = None
 
 
 class Writing:
@@ -94,9 +96,14 @@ class Writing:
         return [*[self._write] * WRITERS, self._verify]
 
     @property
-    def waiting_bytes(self) -> int:
-        """What was put and is not written yet."""
-        return self._queue.taken_bytes
+    def is_busy(self) -> bool:
+        """Whether something that was put is not written yet, or is being verified."""
+        return bool(self._queue.taken_bytes) or not self._idle
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something is written and not proven."""
+        return bool(self._written.count)
 
     async def put(self, item: Incoming) -> None:
         """Queue an item; waits for room."""
@@ -113,7 +120,10 @@ class Writing:
     async def _write(self) -> None:
         async for item in self._to_write[1]:
             if item.data is None:
-                await self._write_zeroes(item.ranges)
+                if await self._write_zeroes(item.ranges):
+                    self._prove_later(item)
+                elif item.proven is not None:
+                    item.proven()  # what was unflushed before the pass has been flushed since
             else:
                 await self._write_data(item, item.data)
             self._queue.give(item.payload.nbytes + ITEM_BYTES)
@@ -134,9 +144,16 @@ class Writing:
     async def _hand_over(self) -> None:
         """What is written by now is to be verified; what another writer is about to write, next time."""
         written, self._written = self._written, Written()
-        if written.size_bytes:
+        if written.size_bytes or written.when_proven:
             self._idle = False
             await self._to_verify[0].send(written)
+
+    def prove_now(self) -> None:
+        """What is written is flushed and read back at once, however little it is, unless something is already."""
+        if self._writers and self._idle and self._written.count:
+            written, self._written = self._written, Written()
+            self._idle = False
+            self._to_verify[0].send_nowait(written)  # while nothing is being verified, nothing waits to be
 
     async def _mark(self) -> None:
         async with self._marking:
@@ -152,7 +169,13 @@ class Writing:
         await self._talk.threads.on_disk(partial(self._unpack_and_write, item.ranges, proofs, stored, data))
         self._written.add_data(item.ranges, bytes(proofs))
         self._meter.written_bytes += data.plain_bytes
+        self._prove_later(item)
         await self._talk.send(item.lane, Credit(payload_bytes=item.payload.nbytes))
+
+    def _prove_later(self, item: Incoming) -> None:
+        """With what is flushed and read back next: batches are proven in turn, so every part of it is by then."""
+        if item.proven is not None:
+            self._written.when_proven.append(item.proven)
 
     def _unpack_and_write(self, ranges: Ranges, proofs: memoryview, stored: memoryview, data: BlockData) -> None:
         plain = self._unpacker.unpack(stored, Codec(data.codec.value), ranges, proofs)
@@ -160,14 +183,16 @@ class Writing:
             self._map.about_to_write(ranges)
         self._disk.write_runs(as_runs(ranges), plain)
 
-    async def _write_zeroes(self, ranges: Ranges) -> None:
-        """Only what is not zero yet is zeroed, however long the ranges are."""
+    async def _write_zeroes(self, ranges: Ranges) -> bool:
+        """Only what is not zero yet is zeroed, however long the ranges are. Returns whether anything was."""
+        wrote = False
         extents = self._extents(coalesce(ranges))
         zeroes: list[tuple[int, int]] = []
         while found := await self._talk.threads.on_disk(lambda: list(islice(extents, EXTENTS_AT_ONCE))):
             runs = [(e.offset_bytes, e.length_bytes) for e in found if not e.zero]
             zeroes = await self._enter_zeroes([*zeroes, *((e.offset_bytes, e.length_bytes) for e in found if e.zero)])
             if runs:
+                wrote = True
                 await self._mark()
             for offset, length in runs:
                 for start in range(offset, offset + length, ZERO_STEP_BYTES):
@@ -176,6 +201,7 @@ class Writing:
                     self._written.add_zeroes(start, step)
                     self._meter.zeroed_bytes += step
         await self._enter_zeroes(zeroes, keep=0)
+        return wrote
 
     async def _enter_zeroes(self, runs: list[tuple[int, int]], *, keep: int = 1) -> list[tuple[int, int]]:
         """Tell the map of runs that were zero before, but for the last, which may go on: a block that is known in two
@@ -206,6 +232,8 @@ class Writing:
             if self._map is not None:
                 hashed = [rehash for _, rehash in parts if rehash is not None]
                 await self._talk.threads.on_disk(partial(_enter, self._map, written, hashed))
+            for proven in written.when_proven:
+                proven()
             self._idle = self._to_verify[1].statistics().current_buffer_used == 0
         self._verified.set()
 

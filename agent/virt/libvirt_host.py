@@ -187,6 +187,12 @@ class LibvirtHost:
         with errors_of("opening a view", domain.name()):
             return views.open_view(domain, targets, tag, self._places, checkpoint=checkpoint, since=since)
 
+    def serves_view(self, uuid: str, tag: str) -> bool:
+        """See `agent.virt.seam.Hypervisor.serves_view`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("asking for its backup job", domain.name()):
+            return views.serves_view(domain, tag)
+
     def close_view(self, uuid: str, tag: str) -> None:
         """See `agent.virt.seam.Hypervisor.close_view`."""
         domain = self._connection.domain(uuid)

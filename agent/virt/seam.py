@@ -263,6 +263,9 @@ class Hypervisor(Protocol):
                 any more, the disk's view is opened without, and `View.why_not` tells the reason.
         """
 
+    def serves_view(self, uuid: str, tag: str) -> bool:
+        """Whether the running domain's job is the view of that tag, opened by whichever process."""
+
     def close_view(self, uuid: str, tag: str) -> None:
         """End the view of that tag if it is the domain's running job; remove its scratch files and socket.
 

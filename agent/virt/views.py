@@ -195,6 +195,12 @@ def domain_dir(domain: Any, name: str, lib_dir: Path) -> Path:
     )
 
 
+def serves_view(domain: Any, tag: str) -> bool:
+    """Whether the job is running; see `agent.virt.seam.Hypervisor.serves_view`."""
+    check_tag(tag)
+    return power_state(domain) is not PowerState.OFF and _is_running(domain, facts_now(domain), tag)
+
+
 def close_view(domain: Any, tag: str, places: Places, other_ids: Iterable[int]) -> None:
     """End the job of that tag and remove its files; see `agent.virt.seam.Hypervisor.close_view`."""
     check_tag(tag)

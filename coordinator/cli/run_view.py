@@ -179,7 +179,7 @@ def bars(progress: Progress) -> Table:
             ProgressBar(total=max(1, disk.total_bytes), completed=disk.done_bytes, width=26),
             human.percent(disk.done_bytes, disk.total_bytes),
             human.size(disk.total_bytes),
-            f"{human.size(disk.changed_bytes)} changed",
+            "reconnecting" if disk.reconnecting else f"{human.size(disk.changed_bytes)} changed",
         )
     return made
 
@@ -189,11 +189,17 @@ def progress_line(progress: Progress) -> str:
     parts = [
         f"{human.percent(progress.done_bytes, progress.total_bytes)} of {human.size(progress.total_bytes)}",
         human.rate(progress.rate_bytes_s),
-        f"{human.duration(progress.eta_s)} left" if progress.eta_s is not None else "time left unknown",
+        _time_left(progress),
         f"{human.size(progress.wire_bytes)} sent",
         f"{human.size(progress.saved_bytes)} saved",
     ]
     return ", ".join(parts)
+
+
+def _time_left(progress: Progress) -> str:
+    if any(disk.reconnecting for disk in progress.disks):
+        return "reconnecting"
+    return f"{human.duration(progress.eta_s)} left" if progress.eta_s is not None else "time left unknown"
 
 
 def event_text(event: Event, begun: StepStarted | None) -> Text | None:

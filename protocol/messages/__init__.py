@@ -18,7 +18,9 @@ from protocol.messages.bulk import (
     EndOfPass,
     PassFailed,
     PassVerified,
+    ProvenRanges,
     SpanAnswer,
+    SpansSettled,
     TrackedSpan,
     ZeroRanges,
 )
@@ -172,9 +174,11 @@ BulkMessage = (
     | CompareSpan
     | TrackedSpan
     | ZeroRanges
+    | SpansSettled
     | BlockData
     | EndOfPass
     | SpanAnswer
+    | ProvenRanges
     | Credit
     | PassVerified
     | PassFailed
@@ -257,6 +261,7 @@ __all__ = [
     "Protect",
     "Protected",
     "ProtectedDisk",
+    "ProvenRanges",
     "Question",
     "ReadTracking",
     "RememberPair",
@@ -272,6 +277,7 @@ __all__ = [
     "Side",
     "SnapshotDescription",
     "SpanAnswer",
+    "SpansSettled",
     "TakePair",
     "TargetEvidence",
     "TrackedSpan",

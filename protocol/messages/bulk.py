@@ -68,6 +68,14 @@ class BlockData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpansSettled:
+    """Whatever differs of the spans of this connection up to `batch` has been sent; -1: nothing is settled yet.
+    Repeated it is a sign of life."""
+
+    batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndOfPass:
     """Nothing more comes on this connection: when all `lanes` connections of the disk have said so, the target flushes,
     reads back, verifies, and answers `PassVerified` on each. The counts are the source's own books of this connection,
@@ -81,6 +89,14 @@ class EndOfPass:
 
 
 # --- bulk: target to source -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProvenRanges:
+    """Of these ranges it is proven, by an earlier attempt at the same view, that they equal it: written ones flushed
+    and read back. They are not spoken of in this attempt. Payload: `count` ranges, the same on all connections."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

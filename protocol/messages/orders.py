@@ -146,6 +146,8 @@ class OpenView:
     `track`: how to record what is written from this view on, from the same instant.
     `since`: what was written since these views shall be known; the answer says of which disks it is, and why not.
     `freeze_guest`: ask the guest's agent to freeze its file systems for that instant; always thawed.
+    `reopen`: answer with that very view, as it was frozen before, also by an agent process that was killed since; where
+    it is not there any more nothing is opened, and the order fails with code `no-view`.
     """
 
     order: Order
@@ -155,6 +157,7 @@ class OpenView:
     track: Tracking = Tracking.NONE
     since: tuple[ViewSince, ...] = ()
     freeze_guest: bool = False
+    reopen: bool = False
     reply: ClassVar[type] = ViewOpened
 
 

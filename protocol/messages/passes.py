@@ -69,8 +69,13 @@ class DiskReport:
         superblock_bytes, detail_bytes: the granularity of comparing that the pass ended with.
         access: how this side read the disk, in words.
         differing_bytes: in a pass that only compares: what differs; `differing`: where, the first 64 stretches.
-        unchanged_bytes: not written since the view that the grant's `since` names, so neither read nor sent. With
-            `zero_bytes` and `compared_bytes` of the source it is the whole disk.
+        unchanged_bytes: not written since the view that the grant's `since` names, so neither read nor sent.
+        resumed_bytes: proven against the same view by an earlier attempt, so neither read nor sent again. With
+            `zero_bytes`, `compared_bytes` and `unchanged_bytes` of the source it is the whole disk: these, and what was
+            changed, written and verified, are counts of the latest attempt.
+        reconnects: how often the connections were lost and made again within this pass.
+        earlier_compared_bytes, earlier_changed_bytes: counts of those attempts of this pass that were cut: of what was
+            read and sent in them, some is in `resumed_bytes`, and the rest was done twice.
     """
 
     target: str
@@ -94,6 +99,10 @@ class DiskReport:
     differing_bytes: int = 0
     differing: tuple[ByteRange, ...] = ()
     unchanged_bytes: int = 0
+    resumed_bytes: int = 0
+    reconnects: int = 0
+    earlier_compared_bytes: int = 0
+    earlier_changed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +117,8 @@ class PassReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskProgress:
     """How far one disk is. `done_bytes` of `total_bytes` (source size, or what was written since the granted view) are
-    settled: compared, and sent where they differed."""
+    settled: compared, and sent where they differed. `reconnects`: how often its connections were lost so far;
+    `reconnecting`: they are lost now, and are being made again."""
 
     target: str
     total_bytes: int
@@ -116,6 +126,8 @@ class DiskProgress:
     zero_bytes: int
     changed_bytes: int
     wire_bytes: int
+    reconnects: int = 0
+    reconnecting: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

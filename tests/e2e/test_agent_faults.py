@@ -72,10 +72,11 @@ def test_agents_killed_and_stopped_in_the_first_pass_and_the_run_resumed_ends_wi
     assert pair.replica.is_running()
     assert _left(site.dr, source, pair)
     source.start()
-    # The guest stops paying for a view that nobody can read as soon as there is an agent again.
+    # QEMU serves the view on, and the next agent takes it over for the run that is resumed.
     deadline = time.monotonic() + RUN_ENDS_WITHIN_S
-    while _left(site.dr, source, pair) or _job(pair) != "None":
+    while not _events(source, "a view of a former agent is taken over"):
         assert time.monotonic() < deadline
+    assert _job(pair) != "None"
     console.wait_for_writes(pair.replica.log, "vda", 1)
 
     with _stopped_in_the_first_pass(site, pair, "resume", "--foreground"):
@@ -97,6 +98,67 @@ def test_agents_killed_and_stopped_in_the_first_pass_and_the_run_resumed_ends_wi
     assert pair.replica.is_running()
     for host, agent in ((site.production, target), (site.dr, source)):
         assert _left(host, agent, pair) == []
+
+
+def _events(agent: AgentProcess, event: str) -> list[dict[str, Any]]:
+    return [line for line in _log(agent) if line["event"] == event]
+
+
+def _noisy_pair(site: Site, name: str) -> LabPair:
+    """A running replica with more in its second disk than the original has, which does not shrink."""
+    pair = site.make_pair(name, size_bytes=512 * MIB, formats=("qcow2", "raw"), failed_over=False)
+    noise = site.folder / "noise"
+    noise.write_bytes(os.urandom(8 * MIB))
+    data = pair.replica.disks[1]
+    disks.scatter_writes(data.path, data.format, [f"write -s {noise} {MIB} {448 * MIB}"])
+    pair.replica.start()
+    console.wait_for_writes(pair.replica.log, "vda", 2)
+    site.failback("failover", pair.name)
+    return pair
+
+
+def test_what_was_proven_before_the_source_agent_was_killed_is_not_done_again(site: Site) -> None:
+    pair = _noisy_pair(site, "again")
+    source, target = site.agents["dr"], site.agents["prod"]
+    with site.bulk_stalled(after_bytes=200 * MIB):
+        run = site.spawn(*START, pair.name)
+        site.wait_for_status(
+            pair.name,
+            lambda status: (
+                status["step"] == "pass:1"
+                and status["progress"] is not None
+                and status["progress"]["changed_bytes"] > 150 * MIB
+            ),
+            run,
+        )
+        source.kill9()
+        assert run.wait(RUN_ENDS_WITHIN_S) != 0
+    source.start()
+    site.failback("resume", "--foreground", pair.name)
+    (view, *_) = {line["view"] for line in _events(target, "a pass goes on") if line.get("pair") == pair.name}
+    went_on = [line for line in _events(target, "a pass goes on") if line.get("pair") == pair.name]
+    assert sum(line["proven_bytes"] for line in went_on) > 64 * MIB
+    assert [line["view"] for line in _events(source, "a view of a former agent is taken over")][-1] == view
+    pair.assert_same_disks()
+    site.failback("undo", pair.name, "--yes")
+
+
+def test_a_link_that_is_cut_for_seconds_costs_a_reconnection_and_no_failure(site: Site) -> None:
+    pair = _noisy_pair(site, "cut")
+    with site.bulk_stalled(after_bytes=200 * MIB):
+        run = site.spawn(*START, pair.name)
+        site.wait_for_status(
+            pair.name,
+            lambda status: (
+                status["progress"] is not None
+                and any(disk["reconnecting"] or disk["reconnects"] for disk in status["progress"]["disks"])
+            ),
+            run,
+        )
+    assert run.wait(4 * RUN_ENDS_WITHIN_S) == 0, (site.folder / "failback.log").read_text()
+    assert _events(site.agents["dr"], "the connections of a disk are lost")
+    pair.assert_same_disks()
+    site.failback("undo", pair.name, "--yes")
 
 
 def test_a_replica_whose_qemu_dies_in_the_first_pass_is_told_and_loses_nothing(site: Site) -> None:

@@ -380,6 +380,10 @@ class World:
                     raise AgentRefused("not fenced", code="not-fenced")
                 vm.condition, vm.view = request.condition, request.view
                 return Done()
+            case OpenView(reopen=True):
+                if request.view not in self.views or vm.is_off:
+                    raise AgentRefused("no such view", code="no-view")
+                return ViewOpened(view=request.view, live=True, disks=self.views[request.view].disks)
             case OpenView():
                 assert request.view not in self.views, "a view's name is used twice"
                 if vm.is_off and vm.fence is None:

@@ -362,6 +362,10 @@ class FakeHypervisor:
                     raise HypervisorError(f"VM {domain.name}: its agent does not answer.", vm=domain.name)
                 domain.frozen = False
 
+    def serves_view(self, uuid: str, tag: str) -> bool:
+        with self._domain(uuid) as domain:
+            return domain.view is not None and domain.view.tag == tag
+
     def close_view(self, uuid: str, tag: str) -> None:
         check_tag(tag)
         with self._domain(uuid) as domain:

@@ -125,7 +125,8 @@ class Site:
             status = self.failback("status", pair)
             if reached(status):
                 return status
-        raise AssertionError(f"the run ended too soon: {(self.folder / 'failback.log').read_text()}")
+        said = (self.folder / "failback.log").read_text()
+        raise AssertionError(f"the run ended too soon: {said[-1000:]}; the agents said: {self._agents_said()}")
 
     def _agents_said(self) -> str:
         return "\n".join(f"{a.name}: {a.log.read_text(errors='replace')[-2000:]}" for a in self.agents.values())

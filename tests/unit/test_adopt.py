@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +42,13 @@ def refused(command: Command) -> str:
     return str(proposal["sentence"])
 
 
-def test_a_lost_pair_in_failover_comes_back_as_it_was_and_fails_back(command: Command) -> None:
+@pytest.mark.parametrize("lost", ["the database", "its folder"])
+def test_a_lost_pair_in_failover_comes_back_as_it_was_and_fails_back(command: Command, lost: str) -> None:
     before = command.json("pairs")["pairs"][0]
-    lose_database(command)
+    if lost == "the database":
+        lose_database(command)
+    else:  # what is made in its place is another registry to the agents, and takes the pair from the one that is gone
+        shutil.rmtree(command.config.state_dir)
     pair = adopted(command)
     assert {key: pair[key] for key in pair if key != "epoch"} == {key: before[key] for key in before if key != "epoch"}
     assert command("doctor").exit_code == 0
@@ -153,7 +158,7 @@ def test_an_old_copy_of_the_database_is_brought_above_what_agents_have_seen(comm
 
 def test_a_pair_that_agents_know_from_a_lost_registry_is_not_registered_over(command: Command) -> None:
     command.fail_back()
-    lose_database(command)
+    shutil.rmtree(command.config.state_dir)
     words = ("register", PAIR, "--original", "prod/web", "--replica", "dr/web")
     told = command.json(*words, exit_code=3)
     assert told["error"]["code"] == "known-pair"

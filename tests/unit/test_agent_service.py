@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent import passrun
+from agent import opened_view, passrun, sources
 from agent.disk.open import open_target
 from agent.disk.raw import RawDisk
 from agent.errors import DiskError, Forbidden, Held, HypervisorError, HypervisorUnreachable, StaleEpoch
@@ -19,7 +20,7 @@ from agent.fences import Fenced, NotFenced, Torn
 from agent.ledger import ConditionRecord, DiskCondition, ViewRecord
 from agent.passes import PassEnded
 from agent.service import failure_of
-from agent.sources import ViewDesk
+from agent.sources import NoSuchView, ViewDesk
 from agent.tags import tag_of
 from agent.virt.seam import PowerState
 from protocol.messages import (
@@ -37,6 +38,7 @@ from protocol.messages import (
     SetCondition,
     Side,
     Unprotect,
+    ViewOpened,
     VmDescription,
 )
 from tests.unit.agent_house import AgentHouse, Outcome, descriptors, is_locked, open_house, order, until
@@ -369,3 +371,75 @@ async def test_errors_cross_the_wire_with_their_code_and_defects_do_not(house: A
     assert failure is not None
     assert (failure.code, failure.facts) == ("stale-epoch", {"seen": 4})
     assert failure_of(ZeroDivisionError()) is None
+
+
+# --- views that outlive their agent -----------------------------------------------------------------------------------
+
+
+def _served(house: AgentHouse, monkeypatch: pytest.MonkeyPatch) -> OpenView:
+    """A view of the running VM is opened, whose NBD server is the image itself; the order that opens it again."""
+
+    def from_file(target: str, _socket: Path, _export: str) -> RawDisk:
+        return RawDisk.open(target, house.image, writable=False)
+
+    for module in (sources, opened_view):
+        monkeypatch.setattr(module, "open_view", from_file)
+    house.vm.state = PowerState.RUNNING
+    house.service.views.open("web", house.vm.uuid, ("vda",), "r1-1", track=True)
+    return OpenView(order=order(), vm_uuid=house.vm.uuid, targets=("vda",), view="r1-1", reopen=True)
+
+
+def _restarted(house: AgentHouse) -> ViewDesk:
+    """The desk of the next agent process, with the ledger of the one that was killed."""
+    house.service.views = ViewDesk(house.service.hypervisor, house.service.fences, house.folder)
+    return house.service.views
+
+
+async def test_the_next_agent_reads_the_view_of_a_killed_one_again(
+    house: AgentHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = _served(house, monkeypatch)
+    frozen = house.vm.view
+    desk = _restarted(house)
+    assert desk.close_orphans() == ()
+    opened = await house.ask(again)
+    assert isinstance(opened, ViewOpened)
+    assert (opened.view, opened.live, [disk.target for disk in opened.disks]) == ("r1-1", True, ["vda"])
+    assert house.vm.view is frozen
+    await house.ask(CloseView(order=order(), vm_uuid=house.vm.uuid, view="r1-1"))
+    assert house.vm.view is None
+    assert house.service.ledger.contents.views == ()
+
+
+async def test_a_view_that_nobody_asks_for_is_closed_in_time(
+    house: AgentHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _served(house, monkeypatch)
+    desk = _restarted(house)
+    assert desk.close_orphans() == ()
+    assert house.machine.domains[house.vm.uuid].view is not None
+    monkeypatch.setattr(sources, "UNCLAIMED_FOR_S", -1.0)
+    assert desk.close_orphans() == ()
+    assert house.machine.domains[house.vm.uuid].view is None
+
+
+@pytest.mark.parametrize("change", ["other name", "other disks", "job ended", "vm off", "record damaged"])
+async def test_a_view_that_is_not_what_it_was_is_not_opened_again(
+    house: AgentHouse, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    again = _served(house, monkeypatch)
+    match change:
+        case "other name":
+            again = replace(again, view="r1-2")
+        case "other disks":
+            again = replace(again, targets=("vda", "vdb"))
+        case "job ended":
+            house.vm.view = None
+        case "vm off":
+            house.vm.state, house.vm.view = PowerState.OFF, None
+        case _:
+            (house.service.ledger.folder / "views" / f"{house.vm.uuid}.json").write_text("{")
+    desk = _restarted(house)
+    with pytest.raises(NoSuchView):
+        await house.ask(again)
+    assert desk.close_orphans() == ()

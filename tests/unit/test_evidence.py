@@ -15,8 +15,8 @@ from agent.errors import NoEvidence
 from agent.evidence import EvidenceDesk
 from agent.fences import FenceKeeper
 from agent.maps import MapDesk
+from agent.opened_view import OpenedView
 from agent.passrun import _check_written
-from agent.sources import OpenedView
 from protocol.messages import AskEvidence, Evidence, GrantedDisk, LiftFence, PowerOn
 from tests.fakes.memory_dirty import MemoryDirtyRanges
 from tests.unit.agent_house import SIZE_BYTES, AgentHouse, open_house, order

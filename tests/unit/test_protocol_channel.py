@@ -326,6 +326,23 @@ async def test_pings_keep_an_idle_connection_alive(certificates: Certificates) -
         assert service.started == 1  # pings never reach the handler
 
 
+async def test_a_request_whose_progress_is_told_all_the_time_keeps_its_connection(certificates: Certificates) -> None:
+    async def answer(request: Request, progress: Callable[[PassProgress], Awaitable[None]]) -> Reply:
+        for _ in range(100):  # much longer together than the agent tolerates silence
+            await trio.sleep(0.01)
+            await progress(PassProgress(disks=()))
+        return PassReport(view="v1", elapsed_s=1.5, disks=())
+
+    async def on_progress(_: PassProgress) -> None:
+        return
+
+    async with (
+        serving(Service(answer), certificates, silent_after_s=0.4) as port,
+        asking(port, certificates, ping_after_s=0.05, silent_after_s=0.4) as channel,
+    ):
+        assert isinstance(await channel.ask(RUN, on_progress=on_progress), PassReport)
+
+
 @asynccontextmanager
 async def relay(port: int) -> AsyncIterator[tuple[int, trio.CancelScope]]:
     """A TCP relay in front of `port` that can be stopped from passing anything on, without closing anything."""

@@ -148,6 +148,30 @@ class TestEvidence:
             assert (await coordinator.resume(PAIR)).state is State.FAILBACK
         assert [grant["vda"] for grant in sinces(house)][:3] == [None, f"{run}-1", f"{run}-1"]
 
+    @pytest.mark.parametrize("kept", [True, False], ids=["still open", "gone"])
+    async def test_a_resumed_run_goes_on_with_the_view_of_its_unfinished_pass_where_the_agent_has_it(
+        self, house: House, *, kept: bool
+    ) -> None:
+        world = house.world
+
+        def broken(_host: str, request: Request, moment: str) -> None:
+            if isinstance(request, RunPass) and moment == "midway":
+                raise AgentRefused("the link was cut; resume", code="sync")
+
+        async with house.process() as coordinator:
+            run = await coordinator.start_run(PAIR, RunOptions())
+            world.fault = broken
+            assert (await coordinator.execute_run(PAIR)).state is State.SYNCING
+            world.fault = lambda *_: None
+            if not kept:
+                world.views.clear()
+            assert (await coordinator.resume(PAIR)).state is State.FAILBACK
+        orders = [order for host, order in world.orders if isinstance(order, OpenView) and host == "dr"]
+        assert (orders[1].view, orders[1].reopen) == (f"{run}-1", True)
+        grants = [order.grant.view for host, order in world.orders if isinstance(order, AllowPass) and host == "dr"]
+        assert grants[:2] == [f"{run}-1", f"{run}-1" if kept else f"{run}-1.2"]
+        assert not world.views  # nothing stays open
+
     async def test_an_original_that_was_edited_between_passes_is_compared_again(self, house: House) -> None:
         async with waiting_run(house, MANUAL) as (coordinator, seen, ended):
             house.world.original.disks["vdb"] = b"edited by hand"

@@ -29,7 +29,7 @@ class Caller:
     received: list[str] = field(default_factory=list)
     window_bytes: int = 0
 
-    def welcome(self, *, window_bytes: int, ahead_bytes: int, lanes: int) -> None:
+    def welcome(self, *, window_bytes: int, ahead_bytes: int, lanes: int, proven: tuple[tuple[int, int], ...]) -> None:
         if self.is_lost:
             raise ConnectionLost("it is gone")
         assert ahead_bytes > 0

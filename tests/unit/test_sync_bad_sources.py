@@ -9,6 +9,7 @@ import zstandard
 
 from agent.delta.blocks import BLOCK_BYTES, to_ranges
 from agent.errors import DamagedFrame
+from agent.sync import conversation
 from agent.sync import target as target_side
 from agent.sync.conversation import PeerFailed
 from agent.sync.payloads import ranges_to_wire
@@ -346,7 +347,7 @@ async def test_data_after_the_end_is_not_read() -> None:
 async def test_a_source_that_spoke_of_more_connections_than_came_and_hung_up_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(target_side, "SIGN_OF_LIFE_S", 0.02)
+    monkeypatch.setattr(conversation, "SIGN_OF_LIFE_S", 0.02)
 
     def script(end: ScriptedEnd) -> None:
         ask(end, CONTENT)

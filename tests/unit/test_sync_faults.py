@@ -12,7 +12,7 @@ import trio
 from agent.delta.blocks import BLOCK_BYTES
 from agent.disk.seam import Disk
 from agent.errors import DamagedFrame, DiskError
-from agent.sync import target as target_side
+from agent.sync import conversation
 from agent.sync.conversation import Conversation, PeerFailed, Unforeseen
 from agent.sync.meter import Meter
 from agent.threads import Threads
@@ -158,7 +158,7 @@ async def test_a_mark_that_cannot_be_made_durable_lets_nothing_be_written() -> N
 
 
 async def test_a_busy_target_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_side, "SIGN_OF_LIFE_S", 0.02)
+    monkeypatch.setattr(conversation, "SIGN_OF_LIFE_S", 0.02)
     wires = FakeWire.pair()
 
     def signs() -> int:
