@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -96,13 +95,13 @@ class FreezeAgent(Fault):
 
     def strike(self, rig: Rig, verb: Verb) -> str:
         """It keeps its connections and answers nothing."""
-        os.kill(self._agent(rig).pid, signal.SIGSTOP)
+        self._agent(rig).freeze()
         return ""
 
     def mend(self, rig: Rig) -> None:
         """It wakes up and finds what it was told meanwhile."""
         _pass_time()
-        os.kill(self._agent(rig).pid, signal.SIGCONT)
+        self._agent(rig).thaw()
 
 
 class KillLibvirtd(Fault):

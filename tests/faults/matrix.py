@@ -112,13 +112,15 @@ def _move_on(rig: Rig) -> None:
 
 def _start_over(rig: Rig) -> None:
     """After a red cell: daemons as they were, and another pair."""
+    for agent in rig.site.agents.values():
+        if agent.running:
+            agent.thaw()
+            agent.kill9()
     for host in (rig.site.production, rig.site.dr):
         host.run(["iptables", "-F"])
         host.stop_libvirtd(kill=True)
         host.start_libvirtd()
     for agent in rig.site.agents.values():
-        if agent.running:
-            agent.kill9()
         agent.start()
     try:
         rig.renew()
