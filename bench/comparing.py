@@ -52,12 +52,13 @@ def compare_vs_rsync(settings: Settings) -> Result:
             changed = pair.source.change(share=TARGET_SHARE, seed=number + 100)
             os.sync()
             limit = limit_s()
+            farm.forget_maps()
             ours = farm.run_pass(PAIR)
             pagecache.warm([pair.source.path, theirs.path])
             rsync_s = peers.rsync_s(pair.source.path, theirs.path)
             run: Run = {"ours_s": ours.seconds, "rsync_s": rsync_s, "limit_s": limit}
             run |= {"changed_block_bytes": changed.block_bytes, "changed_page_bytes": changed.page_bytes}
-            run |= {"wire_bytes": ours.wire_bytes, "verified_bytes": ours.total("verified_bytes")}
+            run |= {"rung": ours.rungs, "wire_bytes": ours.wire_bytes, "verified_bytes": ours.total("verified_bytes")}
             if number:
                 runs.append(run)
     assert_same(pair.source, pair.ours)
@@ -94,6 +95,7 @@ def beside_peers(settings: Settings) -> Result:
             pair.source.change(share=TARGET_SHARE, seed=number + 100)
             os.sync()
             pagecache.warm(pair.paths)
+            farm.forget_maps()
             run: Run = {"ours_s": farm.run_pass(PAIR).seconds}
             run["rsync_s"] = peers.rsync_s(pair.source.path, targets["rsync"].path)
             run["qemu_img_s"] = peers.qemu_img_s(pair.source, targets["qemu_img"].path)
@@ -112,22 +114,35 @@ def beside_peers(settings: Settings) -> Result:
 
 
 def identical_vs_limit(settings: Settings) -> Result:
-    """Identical images, warm ÷ two processes that only read them."""
+    """Identical images, warm, both sides read ÷ two processes that only read them.
+
+    Beside it, in the same rounds, the same with the target's digest map, where only the source is read.
+    """
     pair = raw_pair(settings, 8)
     way, limit_s = warm_limit(pair.paths)
     runs: list[Run] = []
     with open_farm(settings.folder / "farm", [pair.spec]) as farm:
         for number in settings.count():
+            farm.forget_maps()
             limit = limit_s()
+            resident = pagecache.state(pair.paths)
             ours = farm.run_pass(PAIR)
+            run: Run = {"ours_s": ours.seconds, "limit_s": limit, "rung": ours.rungs, "resident_before": resident}
+            limit_s()
+            mapped = farm.run_pass(PAIR)
+            run |= {"mapped_s": mapped.seconds, "mapped_rung": mapped.rungs}
             if number:
-                runs.append({"ours_s": ours.seconds, "limit_s": limit, "written_bytes": ours.total("written_bytes")})
+                runs.append({**run, "written_bytes": ours.total("written_bytes")})
     return Result(
         ratio=ratio_of_medians(runs, "ours_s", "limit_s"),
         runs=with_ratios(runs, "ours_s", "limit_s"),
         noisy=is_noisy(column(runs, "limit_s")),
         page_cache=WARM,
-        facts={**describe_image(pair.source), "limit": str(way)},
+        facts={
+            **describe_image(pair.source),
+            "limit": str(way),
+            "with_map": round(ratio_of_medians(runs, "mapped_s", "limit_s"), 3),
+        },
     )
 
 
@@ -142,6 +157,7 @@ def cold_vs_read(settings: Settings) -> Result:
             pagecache.cool(pair.paths)
             limit = readers.read_s()
             pagecache.cool(pair.paths)
+            farm.forget_maps()
             before = pagecache.state(pair.paths)
             ours = farm.run_pass(PAIR)
             run: Run = {"ours_s": ours.seconds, "limit_s": limit, "resident_before": before}
@@ -175,6 +191,7 @@ def throughput(settings: Settings) -> Result:
                 pair.source.change(share=share, seed=1000 * number + round(share * 100))
                 os.sync()
                 pagecache.warm(pair.paths)
+                farm.forget_maps()
                 run[_named(share)] = round(size_gb / farm.run_pass(PAIR).seconds, 4)
             empty(pair.ours.path)
             run["empty_target_gb_per_s"] = round(size_gb / farm.run_pass(PAIR).seconds, 4)

@@ -60,6 +60,11 @@ class Pass:
         return sum(int(disk.get(name, 0)) for disk in self.disks)
 
     @property
+    def rungs(self) -> str:
+        """What it rested on, as reported; the rungs of several disks are joined by commas."""
+        return ", ".join(sorted({str(disk["rung"]) for disk in self.disks}))
+
+    @property
     def wire_bytes(self) -> int:
         """Payload on the wire, as reported."""
         return self.total("wire_bytes") or self.total("sent_bytes")
@@ -121,6 +126,11 @@ class Farm:
         step = "pass:1" if self.shape.running else "last_pass"
         seconds = next(line["elapsed_s"] for line in report["steps"] if line["step"] == step and not line["undone"])
         return Pass(float(seconds), tuple(disk for disk in report["disks"] if disk["pass_name"] == step))
+
+    def forget_maps(self) -> None:
+        """Remove the target's digest maps: its next pass reads both sides."""
+        for path in (self.folder / "prod-agent/state/maps").glob("*.map"):
+            path.unlink()
 
     @property
     def source(self) -> AgentProcess:

@@ -33,13 +33,14 @@ def compare_live(settings: Settings) -> Result:
             changed = source.change(share=TARGET_SHARE, seed=number + 100)
             os.sync()
             pagecache.warm([source.path, ours.path])
+            farm.forget_maps()
             passed = farm.run_pass(PAIR)
             # Each run leaves its own traces in the images' tables; rsync has to carry them too, which is little.
             pagecache.warm([source.path, theirs.path])
             rsync_s = peers.rsync_s(source.path, theirs.path)
             run: Run = {"ours_s": passed.seconds, "rsync_s": rsync_s, "changed_block_bytes": changed.block_bytes}
             if number:
-                runs.append({**run, "wire_bytes": passed.wire_bytes})
+                runs.append({**run, "rung": passed.rungs, "wire_bytes": passed.wire_bytes})
         assert_same(source, ours)
     return Result(
         ratio=ratio_of_medians(runs, "ours_s", "rsync_s"),
@@ -63,6 +64,7 @@ def qcow2_speed(settings: Settings) -> Result:
                 image.change(share=TARGET_SHARE, seed=number + 100)
                 os.sync()
                 pagecache.warm([image.path, target.path])
+                farm.forget_maps()
                 run[f"{name}_s"] = farm.run_pass(name).seconds
             if number:
                 runs.append(run)

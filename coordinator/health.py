@@ -11,9 +11,9 @@ from pathlib import Path
 
 import trio
 from cryptography import x509
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection
 
-from coordinator import registry, schema
+from coordinator import duties, registry
 from coordinator.agents import ORDER_TIMEOUT_S, QUESTION_TIMEOUT_S, Agent, AgentDirectory, ask
 from coordinator.clock import Clock
 from coordinator.config import Config
@@ -27,6 +27,7 @@ from coordinator.states import TABLE
 from coordinator.store import Store
 from coordinator.survey import survey
 from coordinator.takeover import Author, note
+from coordinator.upgrades import delete_pair
 from protocol.messages import (
     AskHoldings,
     Cleaned,
@@ -155,11 +156,14 @@ class Doctor:
         done: list[CleanedHost] = []
         with pair_lock(self.config.state_dir, (await self._get(name)).name):
             pair = await self._taken(name, "forgotten")
+            owed = () if offline else await self.store.read(lambda connection: duties.owed(connection, name))
+            if owed:
+                raise WrongState(f"{name} cannot be forgotten: {owed[0].sentence}; do that first", pair=name)
             for _, agent, uuid in () if offline else self._sides(pair):
                 request = ForgetPair(order=Order(pair=name, run="", epoch=pair.epoch), vm_uuid=uuid)
                 cleaned = await ask(agent, request, Cleaned, timeout_s=CLEAN_TIMEOUT_S)
                 done.append(CleanedHost(host=agent.host, cleaned=cleaned))
-            await self.store.write(lambda connection: _delete_pair(connection, name))
+            await self.store.write(lambda connection: delete_pair(connection, name))
             lock_file(self.config.state_dir, name).unlink(missing_ok=True)
         return tuple(done)
 
@@ -223,12 +227,6 @@ async def _lift(agent: Agent, lift: LiftFence) -> None:
     except AgentRefused as error:
         if error.code != Condition.TORN.value:
             raise
-
-
-def _delete_pair(connection: Connection, name: str) -> None:
-    for table in (schema.progress, schema.requests, schema.journal, schema.runs):
-        connection.execute(delete(table).where(table.c.pair == name))
-    connection.execute(delete(schema.pairs).where(schema.pairs.c.name == name))
 
 
 def _stale_locks(state_dir: Path, known: set[str]) -> tuple[Path, ...]:

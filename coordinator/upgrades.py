@@ -6,16 +6,21 @@ new. What was written before is never changed: new columns have defaults, new ta
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, delete, text, update
 
 from coordinator import schema
 
+FORGOTTEN = "Forgotten"
+"""What the state of a pair says in the one transaction that takes it out of the registry, with its journal."""
 TRIGGERS = tuple(
-    f"CREATE TRIGGER IF NOT EXISTS journal_without_{change} BEFORE {change} ON journal "
+    f"CREATE TRIGGER IF NOT EXISTS journal_without_{change} BEFORE {change} ON journal {unless} "
     "BEGIN SELECT RAISE(ABORT, 'the journal is only ever added to'); END"
-    for change in ("UPDATE", "DELETE")
+    for change, unless in (
+        ("UPDATE", ""),
+        ("DELETE", f"WHEN (SELECT state FROM pairs WHERE name = OLD.pair) IS NOT '{FORGOTTEN}'"),
+    )
 )
-"""Entries cannot be changed or removed, by whatever program has the file open
+"""Entries cannot be changed or removed, by whatever program has the file open, but with their pair
 (https://www.sqlite.org/lang_createtrigger.html). With ``recursive_triggers`` that holds for REPLACE as well."""
 
 UPGRADES = {
@@ -32,6 +37,15 @@ def make_tables(connection: Connection) -> None:
     schema.metadata.create_all(connection)
     for trigger in TRIGGERS:
         connection.execute(text(trigger))
+
+
+def delete_pair(connection: Connection, name: str) -> None:
+    """Take the pair out, with its journal and everything else that speaks of it."""
+    pairs = schema.pairs
+    connection.execute(update(pairs).where(pairs.c.name == name).values(state=FORGOTTEN))
+    for table in (schema.progress, schema.requests, schema.duties, schema.journal, schema.runs):
+        connection.execute(delete(table).where(table.c.pair == name))
+    connection.execute(delete(pairs).where(pairs.c.name == name))
 
 
 def upgrade(connection: Connection, version: int) -> None:

@@ -1,78 +1,41 @@
-"""`ReaderBeside`: a second, cached qemu-nbd that reads a qcow2 image while ours writes it past the page cache.
+"""`ReaderBeside`: what was not written of a qcow2 image is read by its cluster map, while our qemu-nbd writes it.
 
-The server that writes opens the image with O_DIRECT, so that what is read back comes from storage. Comparing needs no
-such proof and is several times faster from the page cache, for which this reader is. Two processes of QEMU on one image
-are unsafe in general; here it is sound, because of what is asked of the reader and when it was opened:
+The server that writes opens the image with O_DIRECT, so that what is read back comes from storage, and hands every byte
+over twice. Comparing needs no such proof, and is several times faster straight from the file. A map of an image that is
+being written is unsafe in general; here it is sound, because of what it is asked for:
 
-- It is opened before the first write, so the tables that it knows are whole.
-- It is asked only for what was not written since. The cluster of such a byte is where it was: QEMU moves, frees or
-  fills a cluster only when something within it is written, zeroed or discarded; the tables of the clusters stay in
-  place too, but for those that an internal snapshot shares, which then stay as they are for the snapshot. Storage that
-  is freed belonged to written clusters, and only there could a stale table lead into what it is used for now.
-- So what is written is booked in units that no cluster is larger than, *before* the write leaves.
+- It is asked only for what was not written since the image was closed. The cluster of such a byte is where it was: QEMU
+  moves, frees or fills a cluster only when something within it is written, zeroed or discarded. The tables of such
+  clusters stay in place too, but for those that an internal snapshot shares, which then stay as they are for the
+  snapshot; so a window of the map that is asked for later tells the same of them, be it that a table is just written.
+  Storage that is freed belonged to written clusters, and only there could an old table lead into its next use.
+- So what is written is booked in units that no cluster is larger than, *before* the write leaves, and looked up again
+  after each read.
 
-It reads through QEMU, not by a cluster map of ours, and never what a verification rests on.
+It is never what a verification rests on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import islice
 
-from agent.disk.residency import Residency
 from agent.disk.runs import Run
-from agent.disk.seam import Disk
+from agent.disk.seam import Disk, Extent
 from agent.errors import DiskError
 
 UNIT_BYTES = 2 * 1024 * 1024
 """The largest cluster that qcow2 knows (docs/interop/qcow2.txt, cluster_bits); a multiple of every smaller one."""
 _MOST_UNITS = 1 << 20
-_CACHED_SHARE = 0.9
-_SAMPLES = 64
-_SAMPLE_BYTES = 256 * 1024
-
-
-def is_cached(image: Path) -> bool:
-    """Whether the page cache holds nearly all of an image, by sample. Where not, a cached reader would fill the cache
-    with what nobody else wants. False where the kernel does not tell."""
-    try:
-        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        size_bytes = os.lseek(fd, 0, os.SEEK_END)
-        residency = Residency(fd)
-        step = max(_SAMPLE_BYTES, size_bytes // _SAMPLES // _SAMPLE_BYTES * _SAMPLE_BYTES)
-        asked = missing = 0
-        for start in range(0, size_bytes, step):
-            end = min(start + _SAMPLE_BYTES, size_bytes)
-            if not _is_stored(fd, start, end):
-                continue  # a hole is never read, so nothing of it is cached
-            asked += end - start
-            missing += sum(behind - first for first, behind in residency.missing(start, end))
-        return asked > 0 and missing <= (1 - _CACHED_SHARE) * asked
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-
-
-def _is_stored(fd: int, start: int, end: int) -> bool:
-    """Whether the whole range of the file is data (lseek(2), SEEK_DATA)."""
-    try:
-        return os.lseek(fd, start, os.SEEK_DATA) == start and os.lseek(fd, start, os.SEEK_HOLE) >= end
-    except OSError:
-        return False  # ENXIO: nothing is stored from there on
 
 
 class ReaderBeside:
     """The reader and the books of what it must not be asked for. Thread-safe.
 
     Args:
-        disk: the reader's export; owned from now on.
+        disk: the image by its map; owned from now on.
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -102,6 +65,36 @@ class ReaderBeside:
             self._usable = False  # whoever reads elsewhere then learns whether it is the storage
             return False
         return self._may_read(runs)
+
+    def extents(self, offset_bytes: int, end: int, *, most: int) -> list[Extent]:
+        """Some extents from `offset_bytes` on, up to what was written; none where that was written itself, or where the
+        reader failed."""
+        if not self._usable:
+            return []
+        end = self._same_until(offset_bytes, end, written=False)
+        if end <= offset_bytes:
+            return []
+        try:
+            told = list(islice(self._disk.extents(offset_bytes, end - offset_bytes), most))
+        except DiskError:
+            self._usable = False
+            return []
+        length_bytes = sum(extent.length_bytes for extent in told)
+        return told if self._may_read([(offset_bytes, length_bytes)]) else []
+
+    def written_until(self, offset_bytes: int, end: int) -> int:
+        """Where what must be asked elsewhere ends; behind `offset_bytes` in any case."""
+        if not self._usable:
+            return end
+        until = self._same_until(offset_bytes, end, written=True)
+        return until if until > offset_bytes else min(end, (offset_bytes // self._unit_bytes + 1) * self._unit_bytes)
+
+    def _same_until(self, offset_bytes: int, end: int, *, written: bool) -> int:
+        """The end of the units, from that of `offset_bytes` on, that were all written or all not."""
+        first, last = self._units(offset_bytes, end - offset_bytes)
+        with self._turn:
+            other = self._written.find(0 if written else 1, first, last + 1)
+        return end if other < 0 else max(offset_bytes, other * self._unit_bytes)
 
     def _may_read(self, runs: Sequence[Run]) -> bool:
         if not self._usable:

@@ -109,15 +109,10 @@ def open_target(name: str, held: HeldImage, image_format: str, socket_dir: Path,
             server = QemuNbd.start(name, own.path, image_format, socket_dir, held=own)
             return _served(name, server, writable=True, why=why)
 
-        def serve_cached() -> Disk:
-            _require_named(name, own)
-            server = QemuNbd.start(name, own.path, image_format, socket_dir, held=own, cached=True)
-            return _served(name, server, writable=False)
-
         if scattered:
             return serve("little of it is written, here and there")
         try:
-            target: Disk = TargetImage.open(name, own.path, image_format, own, serve, serve_cached)
+            target: Disk = TargetImage.open(name, own.path, image_format, own, serve)
         except NotMapped as why:
             return serve(str(why))
         undone.pop_all()

@@ -82,7 +82,6 @@ class QemuNbd:
         socket_dir: Path,
         *,
         held: HeldImage | None = None,
-        cached: bool = False,
         idle: bool = False,
         bitmap: str | None = None,
         shared: bool = False,
@@ -96,8 +95,6 @@ class QemuNbd:
             socket_dir: where the socket is made.
             held: the exclusive lock under which the image is served for writing; the process inherits it, so it lives
                 until the last writer is gone. None serves for reading only, under QEMU's own locks.
-            cached: serve for reading only, through the page cache, an image that is held all the same: beside the
-                server that writes it (see `agent.disk.beside`).
             idle: it works under idle I/O priority (see `agent.disk.priority`).
             bitmap: a persistent bitmap of the image to export as well (context ``qemu:dirty-bitmap:NAME``).
             shared: read an image that others may be writing to, without a lock (see `image_options`).
@@ -108,10 +105,10 @@ class QemuNbd:
         path = cls.socket_path(name, socket_dir)
         try:
             is_device = stat.S_ISBLK(image.stat().st_mode)
-            past_cache = not cached and direct_works(image)
+            past_cache = direct_works(image)
         except OSError as error:
             raise storage_error(name, str(image), "opening", error.errno or 0) from error
-        server = cls(name, image, path, past_cache=past_cache, writable=held is not None and not cached)
+        server = cls(name, image, path, past_cache=past_cache, writable=held is not None)
         try:
             options = image_options(
                 image, image_format, is_device=is_device, locked_by_us=held is not None, shared=shared

@@ -27,6 +27,10 @@ from agent.disk.side_by_side import SideBySide
 _SCATTERED_RUNS = 16
 """More gaps than this in one read are not worth a request each: the whole is read through the cache."""
 
+_GAPS_SHARE = 1 / 8
+"""Where no more of a read than this is missing from the cache, the kernel brings it in, all of it at once, and it is
+dropped again: where memory is reclaimed a few pages here and there, a request of ours for each costs more."""
+
 BOOKED_RUNS = 65536
 """At most so many runs are remembered for dropping (some 8 MiB); then the file is flushed before its time."""
 
@@ -90,13 +94,20 @@ class StorageFile:
             RunFailed: a part failed.
         """
         waiting: list[tuple[Part, list[Run]]] = []
+        coming: list[tuple[Part, list[Run]]] = []
         for part in parts:
             with _naming(part):
                 missing = self._residency.missing(part.place, part.place + part.buffer.nbytes)
-                if missing:
-                    waiting.append((part, missing))
-                else:
+                if not missing:
                     self._read_through_cache(part.place, part.buffer)
+                elif _are_gaps(missing, part.buffer.nbytes):
+                    self._bring_in(missing)
+                    coming.append((part, missing))
+                else:
+                    waiting.append((part, missing))
+        for part, missing in coming:
+            with _naming(part):
+                self._read_and_drop(part.place, part.buffer, missing)
         waiting.sort(key=lambda job: job[0].place)  # what lies together is asked for together
         self._side_by_side.each(waiting, self._read_missing_part)
         for part in parts:
@@ -115,11 +126,21 @@ class StorageFile:
     def _priority(self) -> AbstractContextManager[None]:
         return idle_priority() if self._idle else nullcontext()
 
+    def _bring_in(self, missing: list[Run]) -> None:
+        """Have the kernel begin to read what is missing, without waiting for it."""
+        with self._priority():
+            for first, behind in missing:
+                os.posix_fadvise(self.fd, first, behind - first, os.POSIX_FADV_WILLNEED)
+
+    def _read_and_drop(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
+        """Read through the cache, and drop what was missing from it."""
+        self._read_through_cache(offset_bytes, buffer)
+        self._drop(missing)
+
     def _read_around(self, offset_bytes: int, buffer: memoryview, missing: list[Run]) -> None:
         """Read what is cached through the cache, and what is not past it."""
         if self._direct is None or len(missing) > _SCATTERED_RUNS:
-            self._read_through_cache(offset_bytes, buffer)
-            self._drop(missing)
+            self._read_and_drop(offset_bytes, buffer, missing)
             return
         at, end = offset_bytes, offset_bytes + buffer.nbytes
         for first, behind in missing:
@@ -214,6 +235,11 @@ class StorageFile:
         if self._direct is not None:
             self._direct.close()
         os.close(self.fd)
+
+
+def _are_gaps(missing: list[Run], size_bytes: int) -> bool:
+    """Whether little of a read of that size is missing."""
+    return sum(behind - first for first, behind in missing) <= size_bytes * _GAPS_SHARE
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Much of a pass is reading and comparing, and a target that turns out to be equal is never written at all. Until
 something is written the image is closed, and its cluster map holds. The first write waits for every read that still
-goes by the map, and starts the qemu-nbd; the map is never used again. Where the page cache holds the image, a second
-qemu-nbd then reads from it what was not written (`agent.disk.beside`).
+goes by the map, and starts the qemu-nbd. What is not written is read by the map all the same, several times faster than
+from a server (`agent.disk.beside`); whatever was written comes from the server that wrote it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
-from agent.disk.beside import ReaderBeside, is_cached
+from agent.disk.beside import ReaderBeside
 from agent.disk.gate import Gate
 from agent.disk.lock import HeldImage
 from agent.disk.mapped import MappedDisk
-from agent.disk.qemu_nbd import CONNECTIONS
+from agent.disk.raw import READERS
 from agent.disk.runs import Run
 from agent.disk.seam import Disk, Extent
-from agent.errors import DiskError
 
 _EXTENTS_AT_ONCE = 1024
 
@@ -29,13 +28,10 @@ _EXTENTS_AT_ONCE = 1024
 class TargetImage:
     """A `Disk` for writing; open it with `TargetImage.open`."""
 
-    def __init__(
-        self, gate: Gate, held: HeldImage, serve: Callable[[], Disk], serve_cached: Callable[[], Disk]
-    ) -> None:
+    def __init__(self, gate: Gate, held: HeldImage, serve: Callable[[], Disk]) -> None:
         self._gate = gate
         self._held = held
         self._serve = serve
-        self._serve_cached = serve_cached
         self._changed = threading.Condition()
         self._readers = 0
         self._switching = False
@@ -53,7 +49,6 @@ class TargetImage:
         image_format: str,
         held: HeldImage,
         serve: Callable[[], Disk],
-        serve_cached: Callable[[], Disk],
     ) -> TargetImage:
         """Open a closed image.
 
@@ -63,13 +58,12 @@ class TargetImage:
             image_format: QEMU's name of the format.
             held: its exclusive lock; owned by the disk if it comes about, and held until its last writer is gone.
             serve: starts the qemu-nbd that writes the image under that lock, and connects to it.
-            serve_cached: starts one that only reads, through the page cache, and connects to it.
 
         Raises:
             NotMapped: it may not be read by its map.
         """
         gate = Gate(name, str(path), 0, writable=True)
-        target = cls(gate, held, serve, serve_cached)
+        target = cls(gate, held, serve)
         mapped = MappedDisk.open(name, path, image_format, target._server, held=held, idle=False)
         gate.size_bytes = mapped.size_bytes
         target._mapped = mapped
@@ -89,11 +83,11 @@ class TargetImage:
         mapped = self._mapped
         if mapped is not None:
             return mapped.access
-        return "NBD (since the first write)" if self._beside is None else "NBD (since the first write; cached)"
+        return "cluster map, and NBD for what was written"
 
     @property
     def readers(self) -> int:
-        return CONNECTIONS
+        return READERS
 
     @property
     def reads_back_past_cache(self) -> bool:
@@ -124,7 +118,7 @@ class TargetImage:
                 self._changed.notify_all()
 
     def _writing(self) -> Disk:
-        """The disk to write to. From the first call on nothing is read by the map any more."""
+        """The disk to write to. From the first call on only what is not written is read by the map."""
         with self._changed:
             self._changed.wait_for(lambda: not self._switching)
             mapped = self._mapped
@@ -133,37 +127,20 @@ class TargetImage:
             self._switching = True
             self._changed.wait_for(lambda: self._readers == 0)
         try:
-            beside = self._reader_beside()  # before anything is written, so that what it opens is whole
-            try:
-                served = self._server()  # a failure changes nothing: the map still holds
-            except BaseException:
-                if beside is not None:
-                    beside.close()
-                raise
-            self._beside, self._mapped = beside, None
+            served = self._server()  # a failure changes nothing: the map still holds
+            self._beside, self._mapped = ReaderBeside(mapped), None
         finally:
             with self._changed:
                 self._switching = False
                 self._changed.notify_all()
-        mapped.close()
         return served
 
-    def _reader_beside(self) -> ReaderBeside | None:
-        """A cached reader, where that is faster than the server: it reads past the cache, and the cache holds the
-        image. None where it does not come about: the server reads all the same."""
-        if not (self._past_cache and self._held.is_named() and is_cached(self._held.path)):
-            return None
-        try:
-            return ReaderBeside(self._serve_cached())
-        except DiskError:
-            return None
-
-    def _read_cached(self, runs: Sequence[Run], buffer: memoryview) -> bool:
+    def _read_beside(self, runs: Sequence[Run], buffer: memoryview) -> bool:
         beside = self._beside
         return beside is not None and beside.read_runs(runs, buffer)
 
     def _writing_to(self, runs: Sequence[Run]) -> Disk:
-        """The disk to write these runs to; the cached reader is not asked for them from now on."""
+        """The disk to write these runs to; the map is not asked for them from now on."""
         served = self._writing()
         if self._beside is not None:
             self._beside.wrote(runs)
@@ -171,13 +148,13 @@ class TargetImage:
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         with self._gate.request("reading", offset_bytes, buffer.nbytes):
-            if not self._read_cached([(offset_bytes, buffer.nbytes)], buffer):
+            if not self._read_beside([(offset_bytes, buffer.nbytes)], buffer):
                 with self._reading() as disk:
                     disk.read_into(offset_bytes, buffer)
 
     def read_runs(self, runs: Sequence[Run], buffer: memoryview) -> None:
         with self._gate.batch("reading", runs, buffer.nbytes):
-            if not self._read_cached(runs, buffer):
+            if not self._read_beside(runs, buffer):
                 with self._reading() as disk:
                     disk.read_runs(runs, buffer)
 
@@ -212,13 +189,11 @@ class TargetImage:
         return self._extents(offset_bytes, offset_bytes + length_bytes)
 
     def _extents(self, offset_bytes: int, end: int) -> Iterator[Extent]:
-        """By the map as long as it holds, some at a time so that a slow caller does not keep writers waiting."""
+        """By the map as far as it holds, some at a time so that a slow caller does not keep writers waiting."""
         pending: Extent | None = None
         while offset_bytes < end:
-            with self._gate.request("mapping", offset_bytes, end - offset_bytes), self._reading() as disk:
-                told = disk.extents(offset_bytes, end - offset_bytes)
-                if disk is self._mapped:
-                    told = iter(list(islice(told, _EXTENTS_AT_ONCE)))
+            with self._gate.request("mapping", offset_bytes, end - offset_bytes):
+                told = self._told(offset_bytes, end)
             for extent in told:
                 offset_bytes = extent.offset_bytes + extent.length_bytes
                 if pending is not None and pending.zero == extent.zero:
@@ -229,6 +204,17 @@ class TargetImage:
                 pending = extent
         if pending is not None:
             yield pending
+
+    def _told(self, offset_bytes: int, end: int) -> list[Extent]:
+        """Some extents from `offset_bytes` on, one at least."""
+        beside = self._beside
+        if beside is not None:
+            told = beside.extents(offset_bytes, end, most=_EXTENTS_AT_ONCE)
+            if told:
+                return told
+            end = beside.written_until(offset_bytes, end)
+        with self._reading() as disk:
+            return list(islice(disk.extents(offset_bytes, end - offset_bytes), _EXTENTS_AT_ONCE))
 
     def close(self) -> None:
         if self._gate.close():

@@ -88,6 +88,7 @@ class SourcePass:
         self._second_look = trio.Lock()
         self._spare: memoryview | None = None
         self._reading = 0
+        self._begun_bytes = 0
         self._books = {lane: LaneBooks(ByteBudget(self.ahead_bytes)) for lane in self.talk.lanes}
         self.meter.access = self.disk.access
         check_runs(self.proven, self.size_bytes)
@@ -165,9 +166,15 @@ class SourcePass:
         """Data of the next span: no more than may be asked about at once. Under a limit about what may be read in a
         second, so that a slow pass is not silent for so long that the target gives it up."""
         skims = self.tuning.quiet and self.dirty is None  # of what was written since, much differs
-        most = min(SKIMMED_BYTES if skims else self.buffers.buffer_bytes, self.ahead_bytes)
+        most = min(self._skimmed_bytes() if skims else self.buffers.buffer_bytes, self.ahead_bytes)
         limit = self.limits.read.bytes_per_s or most
         return max(BLOCK_BYTES, min(most, limit) // BLOCK_BYTES * BLOCK_BYTES)
+
+    def _skimmed_bytes(self) -> int:
+        """Less at either end of the disk: the target begins when the first span was read, and is done when it has
+        compared the last one."""
+        begun, left = self._begun_bytes, self.size_bytes - self._begun_bytes
+        return min(SKIMMED_BYTES, max(self.buffers.buffer_bytes, min(begun, left // (2 * PLANNED_AT_ONCE))))
 
     async def _begin(self, span: Span) -> None:
         """Take what the span needs, in the order of the disk, and let it go its way."""
@@ -183,6 +190,7 @@ class SourcePass:
             if skimmed:
                 await self._skimmed.acquire()
             buffer = await self.buffers.take()
+        self._begun_bytes = span.offset_bytes + span.length_bytes
         books.last = Work(span, lane, self.tuning.granularity, buffer, books.last, skimmed, unasked)
         self.talk.spawn(partial(self._carry, books.last))
 

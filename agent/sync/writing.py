@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -40,6 +40,8 @@ ITEM_BYTES = 1024
 """What an item of that queue is counted for besides its payload."""
 EXTENTS_AT_ONCE = 4096
 """Extents looked at in one thread hop, so that a cancelled pass ends in bounded time."""
+ASKED_ONE_BY_ONE = 8
+"""Fewer ranges than this are asked about each by itself."""
 ZERO_STEP_BYTES = 1 << 30
 """Zeroed in one thread hop at most, for the same reason."""
 
@@ -219,8 +221,14 @@ class Writing:
         self._disk.write_zeroes(offset, length)
 
     def _extents(self, ranges: Ranges) -> Iterator[Extent]:
-        for offset, length in ranges.tolist():
-            yield from self._disk.extents(offset, length)
+        """Of rising ranges. Those of one item are the gaps of one span: storage is asked about all of it at once, since
+        a question costs more than an answer."""
+        if len(ranges) < ASKED_ONE_BY_ONE:
+            for offset, length in ranges.tolist():
+                yield from self._disk.extents(offset, length)
+            return
+        first, end = int(ranges[0, 0]), int(ranges[-1].sum())
+        yield from within(self._disk.extents(first, end - first), ranges)
 
     # --- verifying ------------------------------------------------------------------------------------------------
 
@@ -243,6 +251,27 @@ class Writing:
     async def _read_back(self, share: Written, rehash: Rehash | None) -> None:
         proven_bytes = await self._talk.threads.on_disk(partial(read_back, self._disk, share, rehash))
         self._meter.verified_bytes += proven_bytes  # not in one line: others count there while this one waits
+
+
+def within(extents: Iterable[Extent], ranges: Ranges) -> Iterator[Extent]:
+    """What of rising extents lies in rising ranges (shape (n, 2), all of it covered by the extents)."""
+    wanted = iter(ranges.tolist())
+    first_range = next(wanted, None)
+    if first_range is None:
+        return
+    start, length = first_range
+    for extent in extents:
+        end = extent.offset_bytes + extent.length_bytes
+        while start < end:
+            first, behind = max(start, extent.offset_bytes), min(start + length, end)
+            yield Extent(first, behind - first, extent.zero)
+            if behind < start + length:
+                start, length = behind, start + length - behind  # the next extent has the rest of the range
+                break
+            following = next(wanted, None)
+            if following is None:
+                return
+            start, length = following
 
 
 def _enter(digest_map: PassMap, written: Written, hashed: list[Rehash]) -> None:

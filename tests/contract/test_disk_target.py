@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from agent.disk.lock import HeldImage, hold_exclusive, image_in_use
+from agent.disk.mapped import MappedDisk
+from agent.disk.nbd import NbdDisk
 from agent.disk.open import open_source, open_target
 from agent.disk.qemu_nbd import QemuNbd
+from agent.disk.runs import Run
 from agent.disk.seam import Disk, Extent
 from agent.errors import DiskError
 from tests.contract.disk_backends import MIB, run
@@ -81,8 +81,8 @@ def test_the_first_write_starts_the_server_and_reads_see_what_is_written(
 ) -> None:
     assert read(target, 8 * MIB, MIB) == bytes(MIB)
     target.write(8 * MIB, NOISE)
-    assert target.access == "NBD (since the first write; cached)"
-    assert len(sockets(image.parent)) == 2
+    assert target.access == "cluster map, and NBD for what was written"
+    assert len(sockets(image.parent)) == 1
     assert read(target, 8 * MIB, MIB) == NOISE
     target.write_zeroes(0, 2 * MIB)
     target.write_runs([(3 * MIB, 512), (4 * MIB, 512)], NOISE[:1024])
@@ -191,37 +191,36 @@ def test_a_compressed_cluster_is_read_through_the_server(tmp_path: Path) -> None
     assert not sockets(tmp_path)
 
 
-def test_an_image_that_is_not_cached_gets_no_reader_beside_the_server(image: Path, target: Disk) -> None:
-    with image.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    target.write(8 * MIB, NOISE)
-    assert target.access == "NBD (since the first write)"
-    assert len(sockets(image.parent)) == 1
-    assert read(target, 0, MIB) == CONTENT[:MIB]
-
-
-def test_a_reader_that_does_not_start_or_dies_costs_nothing(
-    target: Disk, monkeypatch: pytest.MonkeyPatch, image: Path
+def test_what_is_not_written_is_never_asked_of_the_server(
+    image: Path, target: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[QemuNbd] = []
-    start = QemuNbd.start
+    asked: list[int] = []
+    read_runs = NbdDisk.read_runs
 
-    def remember(*args: Any, cached: bool = False, **options: Any) -> QemuNbd:
-        server = start(*args, cached=cached, **options)
-        if cached:
-            started.append(server)
-        return server
+    def remember(disk: NbdDisk, runs: Sequence[Run], buffer: memoryview) -> None:
+        asked.extend(offset for offset, _ in runs)
+        read_runs(disk, runs, buffer)
 
-    monkeypatch.setattr(QemuNbd, "start", remember)
+    monkeypatch.setattr(NbdDisk, "read_runs", remember)
     target.write(8 * MIB, NOISE)
-    (reader,) = started
-    os.kill(reader.pid, signal.SIGKILL)
+    buffer = memoryview(bytearray(MIB))
+    target.read_runs([(0, MIB)], buffer)
+    assert buffer == CONTENT[:MIB]
+    target.read_runs([(8 * MIB, MIB)], buffer)
+    assert buffer == NOISE
+    assert asked == [8 * MIB]
+    assert len(sockets(image.parent)) == 1
+
+
+def test_a_map_that_fails_after_the_first_write_costs_nothing(target: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise DiskError("Disk vda: no map today.", disk="vda")
+
+    target.write(8 * MIB, NOISE)
+    monkeypatch.setattr(MappedDisk, "read_runs", fail)
     assert read(target, 0, MIB) == CONTENT[:MIB]
     assert read(target, 8 * MIB, MIB) == NOISE
-    target.write(9 * MIB, NOISE)
-    target.close()
-    assert not sockets(image.parent)
+    assert sum(extent.length_bytes for extent in target.extents(0, SIZE_BYTES)) == SIZE_BYTES
 
 
 @pytest.mark.parametrize("cluster_bytes", [512, 64 * 1024, 2 * MIB])
@@ -245,7 +244,7 @@ def test_whatever_is_written_reads_are_right_beside_the_server(tmp_path: Path, c
                     expected[offset : offset + length] = bytes(length)
                 case _:
                     assert read(disk, offset, length) == expected[offset : offset + length]
-        assert "cached" in disk.access
+        assert disk.access == "cluster map, and NBD for what was written"
         assert read(disk, 0, SIZE_BYTES) == expected
 
 

@@ -145,7 +145,7 @@ class TestTheFile:
     def test_a_registry_that_was_never_there_is_made_whole(self, tmp_path: Path) -> None:
         command = Command(tmp_path)
         assert command("pairs").exit_code == 0
-        assert [path.name for path in command.config.state_dir.iterdir()] == ["registry.sqlite"]
+        assert sorted(path.name for path in command.config.state_dir.iterdir()) == ["registry.mark", "registry.sqlite"]
 
     def test_of_two_processes_that_make_it_one_is_as_good_as_the_other(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,8 +153,8 @@ class TestTheFile:
         path = tmp_path / "registry.sqlite"
         is_there = soundness.is_there
 
-        def late(wanted: Path) -> bool:
-            found = is_there(wanted)
+        def late(wanted: Path, *, anew: bool = False) -> bool:
+            found = is_there(wanted, anew=anew)
             if not found:
                 monkeypatch.setattr(soundness, "is_there", is_there)
                 Database.open(wanted).close()

@@ -1,4 +1,4 @@
-"""What a cached reader beside the server that writes is asked for, and what not."""
+"""What the map of an image is asked for while a server writes the image, and what not."""
 
 from __future__ import annotations
 
@@ -69,3 +69,22 @@ def test_a_reader_that_failed_is_not_asked_again(disk: Watched) -> None:
     disk.fails = False
     assert not reads(reader, (0, 512))
     assert disk.asked == 1
+
+
+def test_extents_end_where_something_was_written(disk: Watched) -> None:
+    reader = ReaderBeside(disk)
+    reader.wrote([(2 * UNIT_BYTES, 512), (3 * UNIT_BYTES, 512), (6 * UNIT_BYTES, 512)])
+    told = reader.extents(512, SIZE_BYTES, most=9)
+    assert (told[0].offset_bytes, sum(extent.length_bytes for extent in told)) == (512, 2 * UNIT_BYTES - 512)
+    assert reader.extents(2 * UNIT_BYTES, SIZE_BYTES, most=9) == []
+    assert reader.written_until(2 * UNIT_BYTES + 512, SIZE_BYTES) == 4 * UNIT_BYTES
+    assert reader.written_until(6 * UNIT_BYTES, SIZE_BYTES) == 7 * UNIT_BYTES
+    assert reader.written_until(6 * UNIT_BYTES, 6 * UNIT_BYTES + 512) == 6 * UNIT_BYTES + 512
+
+
+def test_extents_are_asked_elsewhere_once_the_reader_failed(disk: Watched) -> None:
+    reader = ReaderBeside(disk)
+    disk.fails = True
+    assert not reads(reader, (0, 512))
+    assert reader.extents(0, SIZE_BYTES, most=9) == []
+    assert reader.written_until(0, SIZE_BYTES) == SIZE_BYTES

@@ -100,7 +100,7 @@ async def test_a_disk_known_to_be_quiet_is_read_once_as_well() -> None:
     source, target = twins(200 * MIB, range(200 * BLOCKS_OF_MIB))
     run = await compare(source, target, tuning=Tuning(was_quiet=True))
     assert once(source.reads) == once(target.reads) == 200 * MIB
-    assert run.asked == 2  # of 128 MiB
+    assert run.asked <= 200 * MIB // BATCH_BYTES + 1  # it never gets far enough from its ends for more at once
 
 
 async def test_thread_hops_are_few_for_each_mib() -> None:
@@ -137,12 +137,12 @@ async def test_a_held_span_is_never_read_twice_however_much_of_it_differs() -> N
 
 
 async def test_of_a_skimmed_span_only_what_differs_is_read_again() -> None:
-    source, target = twins(256 * MIB, range(256 * BLOCKS_OF_MIB))
+    source, target = twins(512 * MIB, range(512 * BLOCKS_OF_MIB))
     target.storage.write(100 * MIB + 5, b"changed")
-    target.storage.write(200 * MIB + 3 * B, b"changed")
+    target.storage.write(130 * MIB + 3 * B, b"changed")
     run = await compare(source, target, tuning=Tuning(Granularity(MIB, P), was_quiet=True))
-    assert once(target.reads) == 256 * MIB
-    assert source.read_bytes == 256 * MIB + 2 * MIB  # the two superblocks
+    assert once(target.reads) == 512 * MIB
+    assert source.read_bytes == 512 * MIB + 2 * MIB  # the two superblocks
     assert run.source.changed_bytes == 2 * P
 
 
