@@ -31,8 +31,8 @@ WEIGHTY = frozenset(
 """Where an agent that is away for a while, or a second coordinator, hurts most."""
 
 
-IN_SHORT = ("pass:1", "replica_off", "lift_original_fence")
-"""Where each other fault strikes in `short`."""
+IN_SHORT = ("pass:1", "lift_original_fence")
+"""Where each other fault strikes in `short`, if it strikes there at all."""
 
 
 def cells() -> tuple[Cell, ...]:
@@ -62,14 +62,10 @@ def short() -> tuple[Cell, ...]:
     hurts most."""
     first = [c for c in cells() if c.fault.name == "kill-coordinator" and c.boundary.way is Way.RUN]
     switchover = [c for c in first if _in_switchover(c.boundary.step)]
-    others = [
-        c
-        for c in cells()
-        if c.fault.name != "kill-coordinator"
-        and c.boundary.way is Way.RUN
-        and c.boundary.step in IN_SHORT
-        and c.boundary.side == "before"
-    ]
+    others: list[Cell] = []
+    for fault in FAULTS[1:]:
+        struck = [c for c in cells() if c.fault is fault and c.boundary.way is Way.RUN and c.boundary.side == "before"]
+        others += [c for c in struck if c.boundary.step in IN_SHORT] or struck[:1]
     return (*switchover, *others)
 
 
