@@ -8,16 +8,17 @@ UNDO ?=
 NAMES ?=
 SEEDS ?= 1000
 FIRST ?= 0
+WORDS ?=
 
 HALVES := test-hosts test-rest
-test-hosts := tests/contract/
+test-hosts := tests/contract/ tests/faults/
 test-rest := $(filter-out $(test-hosts) tests/demo/ tests/fakes/ tests/lab/ tests/__pycache__/,$(wildcard tests/*/))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test $(HALVES) soak demo bench clean
+.PHONY: help setup packages check format test $(HALVES) soak faults demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -56,6 +57,9 @@ $(HALVES):
 
 soak: setup ## whole failbacks under faults, simulated, in two processes (SEEDS=10000 for as many, FIRST=n from there)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
+
+faults: setup ## every fault at every step on real hosts, about 40 minutes; writes docs/FAULTS.md (WORDS="kill-qemu audit" for some)
+	$(BIN)/python -m tests.faults $(WORDS)
 
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)

@@ -147,6 +147,16 @@ class AgentProcess:
         self._process.kill()
         self._process.wait(END_TIMEOUT_S)
 
+    def freeze(self) -> None:
+        """SIGSTOP: it keeps its connections and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT, also for the ``nsenter`` above it, which stops itself when its child is stopped."""
+        assert self._process is not None
+        for pid in {self.pid, self._process.pid}:
+            os.kill(pid, signal.SIGCONT)
+
     def _spawn(self, **options: Any) -> subprocess.Popen[Any]:
         if self._host is not None:
             return self._host.spawn(self._argv, **options)

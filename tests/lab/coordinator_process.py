@@ -80,8 +80,11 @@ class CoordinatorProcess:
 
     def argv(self, *arguments: str) -> list[str]:
         """What to start for ``failback ARGUMENTS``, with `environment`."""
-        argv = [*self._program, *arguments]
-        return argv if self._network is None else self._network.argv(argv)
+        return self.wrapped([*self._program, *arguments])
+
+    def wrapped(self, argv: Sequence[str]) -> list[str]:
+        """`argv` as it must be started to run where the coordinator runs."""
+        return list(argv) if self._network is None else self._network.argv(argv)
 
     @property
     def environment(self) -> dict[str, str]:

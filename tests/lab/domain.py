@@ -74,7 +74,7 @@ def domain_xml(
     arguments = [KERNEL_ARGUMENTS, f"failback.role={role}", f"failback.disks={journal}", f"failback.rate={rate}"]
     if ignore_acpi:
         arguments.append("failback.acpi=ignore")
-    ours = "" if monitor is None else _MONITOR.format(path=escape(str(monitor)))
+    ours = "" if monitor is None else MONITOR.format(path=escape(str(monitor)))
     return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{escape(name)}</name>
   <uuid>{uuid}</uuid>
@@ -92,7 +92,7 @@ def domain_xml(
   <on_crash>destroy</on_crash>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
-{"".join(_disk_xml(disk) for disk in disks)}    <controller type='usb' model='none'/>
+{"".join(disk_xml(disk) for disk in disks)}    <controller type='usb' model='none'/>
     <serial type='file'><source path={quoteattr(str(console_log))} append='on'/><target port='0'/></serial>
     <memballoon model='none'/>
 {extra_devices}  </devices>
@@ -100,7 +100,7 @@ def domain_xml(
 """
 
 
-_MONITOR = """  <qemu:commandline>
+MONITOR = """  <qemu:commandline>
     <qemu:arg value='-qmp'/>
     <qemu:arg value='unix:{path},server=on,wait=off'/>
   </qemu:commandline>
@@ -111,11 +111,12 @@ GUEST_AGENT = "    <channel type='unix'><target type='virtio' name='org.qemu.gue
 """Give the guest its agent's channel (`domain_xml`, `extra_devices`): it then answers as qemu-guest-agent would."""
 
 
-def _disk_xml(disk: LabDisk) -> str:
+def disk_xml(disk: LabDisk, *, boot: int | None = None) -> str:
+    """A disk's part of the XML. `boot`: its place in the boot order; firmware leaves disks without one alone."""
     kind, attribute = ("block", "dev") if disk.path.is_block_device() else ("file", "file")
     return f"""    <disk type='{kind}' device='disk'>
       <driver name='qemu' type='{disk.format}' cache='{disk.cache}' discard='unmap'/>
       <source {attribute}={quoteattr(str(disk.path))}/>
-      <target dev='{disk.target}' bus='virtio'/>
+      <target dev='{disk.target}' bus='virtio'/>{"" if boot is None else f"<boot order='{boot}'/>"}
     </disk>
 """

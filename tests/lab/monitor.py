@@ -65,6 +65,10 @@ class Monitor:
         """As `write`, with the first bytes of a file."""
         self._io(disk, f"write -s {content} {offset_bytes} {length_bytes}")
 
+    def flush(self, disk: int) -> None:
+        """Flush the disk: what was written is in its image file, an image's own tables included."""
+        self._io(disk, "flush")
+
     def _io(self, disk: int, command: str) -> None:
         device = f"/machine/peripheral/virtio-disk{disk}/virtio-backend"
         line = f'qemu-io -d {device} "{command}"'

@@ -328,6 +328,14 @@ class PrivateHost:
         if done.returncode:
             raise HostError(f"the QEMU of {name} on {self.name} cannot be killed: {done.stderr.strip()}")
 
+    def has_process(self, pid: int, name: str) -> bool:
+        """Whether the process with that PID inside the host lives and has `name` in its command line."""
+        try:
+            line = Path(f"/proc/{self._namespaces.pid}/root/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return name.encode() in line
+
     def _argv(self, argv: Sequence[str]) -> list[str]:
         return ["nsenter", f"--target={self._namespaces.pid}", "--net", "--mount", "--uts", "--ipc", "--pid", *argv]
 
