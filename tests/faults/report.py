@@ -20,8 +20,8 @@ Every fault below struck real libvirt, QEMU, agents and coordinator at the bound
 a step: its intent is in the journal and nothing is done; *after*: all is done and in the journal. Then somebody who
 reads what the tool says did that, until the pair rested. A cell is green when the pair came to rest in a named state,
 original and replica never ran at once, the newest side holds every byte that was written and acknowledged, the sides
-are equal where the run was complete, and nothing of ours was left behind. `make faults` writes this page, and
-`tests/faults` is how. *(exit code)* is that of the verb named.
+are equal where the run was complete, and nothing of ours was left behind. `make faults` writes this page; how,
+[tests/faults](../tests/faults/README.md) says.
 
 """
 
