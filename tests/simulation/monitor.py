@@ -64,7 +64,8 @@ class Monitor:
         self.chaos.say(f"*** {domain.name} of {domain.machine.hostname} runs, started by {domain.started_by}")
         if domain.started_by == "autostart" and not self.fenced.get(domain.uuid, False):
             domain.started_by = "boot"
-        if domain.started_by == "hand" and self.durable_fence(domain.machine, domain.uuid) and self.is_guarded(domain):
+        fenced = self.fenced.get(domain.uuid, False) and self.durable_fence(domain.machine, domain.uuid)
+        if domain.started_by == "hand" and fenced and self.is_guarded(domain):
             raise Violation(f"I1: {domain.name} of {domain.machine.hostname} is fenced, its agent lives, and it starts")
         if domain.started_by == "autostart" and domain is self.original and not self.original_is_current:
             raise Violation("I5: the original was fenced, and its host starts it at boot")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -15,10 +15,11 @@ from typing import Any, cast
 import trio
 
 from protocol.bulk_connection import BulkConnection
+from protocol.bulk_ranges import join_ranges, split_ranges
 from protocol.connection import Speaker, State
 from protocol.errors import ConnectionLost, PeerEnded, ProtocolError
 from protocol.link import NO_FACTS, LinkFacts
-from protocol.messages import PROTOCOL_VERSIONS, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye
+from protocol.messages import PROTOCOL_VERSIONS, BulkHello, BulkMessage, BulkWelcome, Credit, Goodbye, ProvenRanges
 from protocol.software import SOFTWARE
 from protocol.tls import PeerIdentity
 from tests.simulation.core import NotYet, Process, Signal
@@ -173,6 +174,7 @@ class BulkEnd:
         self._connection = BulkConnection(us)
         self._failure: ProtocolError | None = None
         self.bytes_sent = self.bytes_received = 0
+        self.proven: tuple[tuple[int, int], ...] = ()
         self.waited_for_window_s = self.waited_for_link_s = 0.0
 
     def send(self, message: BulkMessage, *pieces: Any) -> None:
@@ -216,14 +218,22 @@ class BulkEnd:
                 continue
             return cast("BulkMessage", event.message), memoryview(bytes(event.payload))
 
-    def welcome(self, *, window_bytes: int, ahead_bytes: int, lanes: int = 1) -> None:
+    def welcome(
+        self, *, window_bytes: int, ahead_bytes: int, lanes: int = 1, proven: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """See `BulkSocket.welcome`."""
-        version = PROTOCOL_VERSIONS[0]
         self.send(
             BulkWelcome(
-                version=version, software=SOFTWARE, window_bytes=window_bytes, ahead_bytes=ahead_bytes, lanes=lanes
+                version=PROTOCOL_VERSIONS[0],
+                software=SOFTWARE,
+                window_bytes=window_bytes,
+                ahead_bytes=ahead_bytes,
+                lanes=lanes,
+                proven=len(proven),
             )
         )
+        if proven:
+            self.send(ProvenRanges(count=len(proven)), join_ranges(proven))
 
     def refuse(self, code: str, sentence: str) -> None:
         """See `BulkSocket.refuse`."""
@@ -253,7 +263,7 @@ class BulkEnd:
 
 
 def call_bulk(
-    wire: BulkEnd, grant: str, target: str, digest_seed: int, answer: Callable[[], None]
+    wire: BulkEnd, grant: str, target: str, digest_seed: int, attempt: int, answer: Callable[[], None]
 ) -> tuple[BulkEnd, BulkWelcome]:
     """The calling side's part of `protocol.bulk.connect_bulk`, on an end whose other one is about to be accepted."""
     hello = BulkHello(
@@ -275,4 +285,15 @@ def _await_welcome(wire: BulkEnd) -> tuple[BulkEnd, BulkWelcome]:
         wire.close()
         raise PeerEnded(f"refused the bulk connection: {message.sentence}", goodbye_code=message.code)
     assert isinstance(message, BulkWelcome)
-    return wire, message
+    return _await_proven(wire, message) if message.proven else (wire, message)
+
+
+def _await_proven(wire: BulkEnd, welcome: BulkWelcome) -> tuple[BulkEnd, BulkWelcome]:
+    try:
+        told, payload = wire.receive(180.0)
+    except NotYet as wait:
+        again = partial(_await_proven, wire, welcome)
+        raise NotYet(wait.event, wait.timeout_s, then=again, on_timeout=wait.on_timeout) from None
+    assert isinstance(told, ProvenRanges)
+    wire.proven = tuple(zip(*split_ranges([payload], told.count), strict=True))
+    return wire, welcome

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import secrets
+import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,21 +24,15 @@ import trio
 import trio._core._run as trio_run
 from trio.testing import MockClock
 
-import agent.authority
+import agent.disk.bitmaps
+import agent.disk.dirty
 import agent.disk.lock
-import agent.equals
-import agent.evidence
-import agent.ledger
-import agent.maps
-import agent.passes
-import agent.passrun
+import agent.disk.open
+import agent.disk.stamp
+import agent.durable
 import agent.scratch
-import agent.service
-import agent.sources
 import agent.sync.map_file
-import agent.sync.work
-import agent.tracking
-import agent.tracking_desk
+import protocol.bulk
 import protocol.channel
 import protocol.control_server
 from agent.disk.bitmaps import Bitmap
@@ -203,7 +200,9 @@ class Seams:
         here, there = pair(link, caller.process, peer.process)
         wire = BulkEnd(here, Speaker.CALLER, peer.identity)
         theirs = BulkEnd(there, Speaker.LISTENER, caller.identity)
-        return call_bulk(wire, grant, target, words["digest_seed"], lambda: peer.spawn(peer.take_bulk, theirs))
+        return call_bulk(
+            wire, grant, target, words["digest_seed"], words["attempt"], lambda: peer.spawn(peer.take_bulk, theirs)
+        )
 
     async def open_tcp_stream(self, host: str, port: int, **_: Any) -> Any:
         """See `trio.open_tcp_stream`."""
@@ -221,35 +220,44 @@ async def _inline(call: Callable[..., Any], *args: Any, **_: Any) -> Any:
     return call(*args)
 
 
+def _everywhere(function: Any, stand_in: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Wherever a module of the agent has imported it."""
+    for module in [module for name, module in sorted(sys.modules.items()) if name.startswith("agent.")]:
+        for name, value in vars(module).items():
+            if value is function:
+                yield module, name, stand_in
+
+
 @contextlib.contextmanager
 def installed(world: World) -> Iterator[Seams]:
     """The product's seams lead to that world."""
     seams = Seams(world)
     numbers = Random(world.seed)
-    clock = SimpleNamespace(time=lambda: 1.7e9 + trio.current_time(), sleep=lambda _: None)
     counter = itertools.count()
+    clock = SimpleNamespace(
+        time=lambda: 1.7e9 + trio.current_time(),
+        monotonic=trio.current_time,
+        perf_counter=lambda: next(counter) * 0.001,
+        sleep=lambda _: None,
+    )
     seeded = SimpleNamespace(randbits=numbers.getrandbits, compare_digest=lambda one, other: one == other)
+    functions: list[tuple[Any, Any]] = [
+        (agent.disk.open.open_target, seams.open_target),
+        (agent.disk.open.open_source, seams.open_source),
+        (agent.disk.open.open_view, seams.open_view),
+        (agent.disk.dirty.open_dirty_view, seams.open_dirty_view),
+        (agent.disk.dirty.open_dirty_closed, seams.open_dirty_closed),
+        (agent.disk.bitmaps.bitmaps_of, seams.bitmaps_of),
+        (agent.disk.bitmaps.remove_bitmap, seams.remove_bitmap),
+        (agent.disk.bitmaps.dirty_bytes, seams.dirty_bytes),
+        (agent.disk.stamp.stamp_of, seams.stamp_of),
+        (agent.durable.replace_whole, seams.replace_whole),
+        (protocol.bulk.connect_bulk, seams.connect_bulk),
+        (time, clock),
+        (secrets, seeded),
+    ]
     patches: list[tuple[Any, str, Any]] = [
-        (agent.passrun, "open_target", seams.open_target),
-        (agent.passrun, "connect_bulk", seams.connect_bulk),
-        (agent.sources, "open_source", seams.open_source),
-        (agent.sources, "open_view", seams.open_view),
-        (agent.sources, "open_dirty_view", seams.open_dirty_view),
-        (agent.sources, "open_dirty_closed", seams.open_dirty_closed),
-        (agent.tracking, "bitmaps_of", seams.bitmaps_of),
-        (agent.tracking_desk, "bitmaps_of", seams.bitmaps_of),
-        (agent.tracking_desk, "remove_bitmap", seams.remove_bitmap),
-        (agent.tracking_desk, "dirty_bytes", seams.dirty_bytes),
-        (agent.ledger, "replace_whole", seams.replace_whole),
-        (agent.equals, "replace_whole", seams.replace_whole),
-        (agent.evidence, "stamp_of", seams.stamp_of),
-        (agent.evidence, "time", clock),
-        (agent.maps, "stamp_of", seams.stamp_of),
-        (agent.maps, "secrets", seeded),
-        (agent.passes, "secrets", seeded),
-        (agent.authority, "time", clock),
-        (agent.service, "time", clock),
-        (agent.sync.work, "time", SimpleNamespace(perf_counter=lambda: next(counter) * 0.001)),
+        *itertools.chain.from_iterable(_everywhere(function, stand_in) for function, stand_in in functions),
         (agent.sync.map_file, "os", MapOs(seams._storage)),
         (agent.scratch, "free_bytes", lambda _: 1 << 40),
         (agent.disk.lock, "_processes_with_open", lambda _: []),

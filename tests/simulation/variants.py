@@ -149,6 +149,17 @@ async def _not_held(_: RunContext) -> bool:
     return True
 
 
+def _lose_the_second_view(world: World) -> None:
+    """Written to before it and after it; then its backup job ends, and the next view is the third."""
+    write(world.replica.machine, world.replica, "vda", 0, world.random.randbytes(4096))
+
+    def lose(world: World) -> None:
+        write(world.replica.machine, world.replica, "vda", 1 << 19, world.random.randbytes(4096))
+        world.replica.view = None
+
+    world.chaos.triggers["dr open_view done"] = partial(lose, world)
+
+
 def _killed_after_a_write(world: World) -> None:
     write(world.replica.machine, world.replica, "vda", 0, world.random.randbytes(4096))
     kill_qemu(world)
@@ -206,8 +217,7 @@ VARIANTS = (
         name="what was written since another view is taken for it",
         caught_as="I2",
         patches=((agent.sources, "earlier_views", _since_the_latest),),
-        faults=3,
-        only=("the bulk link is cut", "the target agent is killed", "EIO on the next write", "the original's storage"),
+        triggers=(("dr has done DropCheckpoints", _lose_the_second_view),),
     ),
     Variant(
         name="a checkpoint is deleted too early",
