@@ -59,8 +59,11 @@ async def listen_locally(config: Config) -> trio.SocketListener:
 
 
 async def serve_locally(service: AgentService, listener: trio.SocketListener) -> None:
-    """Answer until cancelled."""
-    await trio.serve_listeners(partial(_answer, service), [listener])
+    """Answer until cancelled; nothing is left of the socket then."""
+    try:
+        await trio.serve_listeners(partial(_answer, service), [listener])
+    finally:
+        (service.config.runtime_dir / SOCKET_NAME).unlink(missing_ok=True)
 
 
 async def _answer(service: AgentService, stream: trio.SocketStream) -> None:
