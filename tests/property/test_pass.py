@@ -83,6 +83,8 @@ def test_the_target_ends_equal_and_no_equal_block_is_sent(
         else:
             _fill(target, number, theirs, dice)
     equal_before = _equal_blocks(source, target)
+    if tail:
+        equal_before.discard(size - tail)  # zeroes are told apart in whole blocks: a short last one may go as data
 
     run = trio.run(
         functools.partial(run_pass, source, target, batch_bytes=8 * BLOCK_BYTES, granularity=granularity, lanes=lanes)

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from coordinator.config import Config
 from coordinator.database import Database
 from coordinator.model import Pair, PairRequest
+from coordinator.placed import PlacedAgents
 from coordinator.runs import Coordinator
 from coordinator.store import Store, Work
 from protocol.messages import Request
@@ -25,6 +26,14 @@ PAIR = "web"
 REQUEST = PairRequest(
     name=PAIR, original_host="prod", original_vm="web", replica_host="dr", replica_vm="web", in_failover=True
 )
+
+
+def world_of(coordinator: Coordinator) -> World:
+    """The world that the coordinator's agents live in."""
+    placed = coordinator.agents
+    assert isinstance(placed, PlacedAgents)
+    assert isinstance(placed.agents, World)
+    return placed.agents
 
 
 class Crash(BaseException):

@@ -17,7 +17,7 @@ from coordinator.runs import Coordinator
 from coordinator.states import TABLE, Verb, allowed_verbs
 from protocol.messages import Condition, Power, Protect, Request, RunPass
 from tests.fakes.agent import World
-from tests.unit.coordinator_house import PAIR, CrashPlan, House
+from tests.unit.coordinator_house import PAIR, CrashPlan, House, world_of
 
 Act = Callable[[Coordinator], Awaitable[object]]
 ENDS = {State.FAILBACK, State.FAILOVER, State.READY}
@@ -50,8 +50,7 @@ async def resume(coordinator: Coordinator) -> object:
 
 async def broken_run(coordinator: Coordinator) -> object:
     """A run whose first pass breaks off half-way: the original is torn."""
-    world = coordinator.agents
-    assert isinstance(world, World)
+    world = world_of(coordinator)
     whole = world.fault
 
     def broken(_host: str, request: Request, moment: str) -> None:
@@ -281,8 +280,7 @@ async def test_killed_anywhere_around_a_switchover_that_is_held_the_pair_comes_t
     start = await prepared(memory_folder / "start", options=RunOptions(on_failure=OnFailure.HOLD))
 
     async def held(coordinator: Coordinator) -> object:
-        world = coordinator.agents
-        assert isinstance(world, World)
+        world = world_of(coordinator)
         whole = world.fault
 
         def broken(host: str, request: Request, moment: str) -> None:

@@ -163,6 +163,6 @@ class TestBackup:
         house.config.database.unlink()
         copy.rename(house.config.database)
         async with house.process() as coordinator:
-            with pytest.raises(AgentRefused, match="has taken over"):
+            with pytest.raises(AgentRefused, match="this registry is behind"):
                 await coordinator.resume(PAIR)
         assert not house.world.replica.is_off
