@@ -34,14 +34,14 @@ def fence() -> None:
     """Fences: what keeps VMs from starting on this host. Works without coordinator and network."""
 
 
-@fence.command("list")
+@fence.command("list", short_help="Show what is fenced on this host, and why.")
 @click.pass_obj
 def list_command(path: Path) -> None:
     """Show what is fenced on this host: why, since when, for which pair and run."""
     _end(path, lambda config: _show(_listing(config), config))
 
 
-@fence.command("lift")
+@fence.command("lift", short_help="Lift every fence of a VM by hand.")
 @click.argument("vm")
 @click.option("--reason", required=True, help="Why; kept in the agent's ledger and shown to later runs.")
 @click.pass_obj
@@ -64,7 +64,7 @@ def lift_command(path: Path, vm: str, reason: str) -> None:
     _end(path, lift)
 
 
-@fence.command("install")
+@fence.command("install", short_help="Put libvirt's hook into place and prove it.")
 @click.pass_obj
 def install_command(path: Path) -> None:
     """Put libvirt's hook into place, which refuses fenced VMs also where no agent runs, and prove that it works."""
@@ -88,7 +88,7 @@ def remove_command(path: Path) -> None:
     _end(path, take)
 
 
-@click.command()
+@click.command(short_help="Check this host, and which fences are in place.")
 @click.pass_obj
 def check(path: Path) -> None:
     """Check this host: libvirt, tools, certificates, state folder, and which fences are in place.
