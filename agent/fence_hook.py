@@ -44,7 +44,8 @@ def _without_list(
     import contextlib
     import json
 
-    marks = [mark.encode() for mark in (uuid, *(path for path, _ in disks)) if mark]
+    # Where its definition says nothing, its name has to do: better one start refused too many than one too few.
+    marks = [mark.encode() for mark in (uuid or json.dumps(name), *(path for path, _ in disks))]
     cure = "restart failback-agent, which writes it anew"
     for file in (LISTS[0], LEDGER):
         try:
@@ -87,7 +88,8 @@ def _is_meant(fence: "dict[str, object]", name: str, uuid: str, disks: "list[tup
     elif fence["vm_name"] == name:
         return True  # no definition to read it from
     images = fence["images"]
-    assert isinstance(images, list)
+    if not isinstance(images, list):
+        raise TypeError("images of a fence are no list")
     for image in images:
         exclusive = image["kind"] == "exclusive"
         # A frozen image may be read by others, as a base; whoever has it on top would write to it.
@@ -135,8 +137,8 @@ def main(arguments: "list[str]") -> int:
     name = arguments[1]
     try:
         refusal, warning = judge(STATE_DIR, name, sys.stdin.buffer.read())
-    except Exception as error:  # noqa: BLE001 - a mistake of ours must not keep others' VMs from starting unsaid
-        refusal, warning = "", f"the fence hook failed on the VM {name}, which starts: {error!r}"
+    except Exception as error:  # noqa: BLE001 - a mistake of ours keeps none but fenced VMs from starting
+        refusal, warning = _without_list(STATE_DIR, name, "", [], f"the hook failed: {error!r}")
     if refusal:
         sys.stderr.write(refusal + "\n")
         return 1

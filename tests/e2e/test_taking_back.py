@@ -19,15 +19,14 @@ START = ("start", "--yes", "--foreground", "--shutdown-timeout", "60s")
 @contextlib.contextmanager
 def unreachable(site: Site) -> Iterator[None]:
     """Inside, nothing that is sent to the production host arrives."""
-    for verb in ("-A", "-D"):
-        done = site.production.run(["iptables", verb, "INPUT", "-p", "tcp", "-j", "DROP"])
+    rule = ["INPUT", "-p", "tcp", "-j", "DROP"]
+    done = site.production.run(["iptables", "-A", *rule])
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        done = site.production.run(["iptables", "-D", *rule])
         assert done.returncode == 0, done.stderr
-        if verb == "-A":
-            try:
-                yield
-            except BaseException:
-                site.production.run(["iptables", "-D", "INPUT", "-p", "tcp", "-j", "DROP"])
-                raise
 
 
 def _held(site: Site, name: str) -> LabPair:

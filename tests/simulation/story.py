@@ -152,8 +152,6 @@ class Administrator:
             raise Violation(f"I4: `{what}` neither ends nor fails within an hour") from None
         except CoordinatorError as error:
             said = f"{error.code}: {world.anonymous(error.sentence)}"
-        except BaseExceptionGroup as group:
-            raise group
         else:
             said = "killed" if result is None else getattr(result, "sentence", str(result)[:60])
             said = world.anonymous(said)

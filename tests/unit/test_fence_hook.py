@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -92,7 +93,19 @@ def test_a_frozen_base_may_be_read_by_others_and_not_written(tmp_path: Path, ima
     assert "fenced" in judge(state, "copy", _xml("u9", _disk(image)))[0]
 
 
-@pytest.mark.parametrize("damage", [None, "", "{", "[]", '{"fences": 7}', '{"fences": [{"vm_uuid": "u1"}]}', "folder"])
+DAMAGES = [
+    None,
+    "",
+    "{",
+    "[]",
+    '{"fences": 7}',
+    '{"fences": [{"vm_uuid": "u1"}]}',
+    '{"fences": [{"vm_uuid": "u7", "images": 7}]}',
+    "folder",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_with_a_damaged_list_a_fenced_vm_stays_off_and_others_are_told_of(
     state: Path, image: Path, damage: str | None
 ) -> None:
@@ -127,6 +140,19 @@ def test_a_vm_that_the_ledger_knows_and_does_not_fence_is_no_fenced_one(state: P
     ledger.close()
     (state / "fenced.json").unlink()
     assert judge(str(state), "web", _xml("u1"))[0] == ""
+
+
+@pytest.mark.parametrize(("name", "code"), [("web", 1), ("other", 0)])
+def test_a_hook_that_fails_itself_keeps_only_those_off_that_are_named_as_fenced(
+    state: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    def fails(_state_dir: str, _name: str, _xml: bytes) -> tuple[str, str]:
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(fence_hook, "judge", fails)
+    monkeypatch.setattr(fence_hook, "STATE_DIR", str(state))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(_xml("u1"))))
+    assert fence_hook.main(["hook", name, "prepare", "begin", "-"]) == code
 
 
 @pytest.mark.parametrize("operation", ["start", "started", "stopped", "release", "reconnect", "attach"])
