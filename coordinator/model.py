@@ -152,6 +152,7 @@ class SwitchPolicy(enum.Enum):
     AUTO = "auto"  # at once
     AT = "at"  # at a set time
     MANUAL = "manual"  # when a person says so: `failback switch`
+    TURN = "turn"  # when its turn in a plan of several pairs comes; then at once, or at the set time
 
 
 class OnFailure(enum.Enum):
@@ -175,7 +176,7 @@ class RunOptions:
 
     Attributes:
         kill_after_s: how long QEMU may take to end gracefully, after the guest's own time, before it is killed.
-        switch, switch_at_s: when to switch; the time of AT in seconds since 1970.
+        switch, switch_at_s: when to switch; the time of AT (and of TURN, None: at once) in seconds since 1970.
         max_downtime_s: switch only while the predicted downtime is at most this; None: whatever it is.
         background_s: how often a pass keeps the delta small while the run waits for the switchover.
         track: how what the replica writes is recorded between passes.

@@ -86,6 +86,9 @@ def _when(options: RunOptions, pair: str) -> str:
             said = f"the switchover begins at {when}, or up to {LATEST_S / 60:.0f} minutes later"
         case SwitchPolicy.MANUAL:
             said = f"the switchover begins when `failback switch {pair}` says so"
+        case SwitchPolicy.TURN:
+            when = "" if options.switch_at_s is None else f", at {moment(options.switch_at_s)} or later"
+            said = f"the switchover begins when the pairs before it in the plan are home{when}"
     return said
 
 

@@ -132,9 +132,11 @@ class RoundFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchOrder:
-    """A person's later word on when to switch. `at_s`: seconds since 1970; None: now."""
+    """A later word on when to switch. `at_s`: seconds since 1970; None: now. `turn`: no person's word, but that the
+    pair's turn in its plan has come (see `SwitchPolicy.TURN`); `at_s` is None then."""
 
     at_s: float | None
+    turn: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

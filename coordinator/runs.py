@@ -325,6 +325,11 @@ class Coordinator:
             sentence=switch_words(pair, at_s, status, answered=answered),
         )
 
+    async def give_turn(self, pair: str) -> bool:
+        """The pair's turn in its plan has come: a run that waits for it may switch. Whether that is new."""
+        author = self._author()
+        return await self._db.write(lambda connection: takeover.give_turn(connection, pair, author))
+
     async def commit(
         self,
         pair: str,

@@ -9,6 +9,9 @@ from coordinator.model import State
 from coordinator.status import PairStatus
 from coordinator.timing import moment
 
+PAST = "past"
+"""Code of the error that the time to switch is past."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchOutcome:
@@ -28,7 +31,7 @@ def check_switch_time(at_s: float | None, now_s: float) -> None:
     if at_s is not None and at_s < now_s:
         raise UsageError(
             f"the time to switch, {moment(at_s)}, is past: name one to come, as in 2031-01-31T02:00+01:00 or 02:00",
-            code="past",
+            code=PAST,
         )
 
 

@@ -17,7 +17,7 @@ from coordinator.model import Newest, Pair, Rate, RestorePoint, RunOptions, Stat
 from coordinator.plain import to_json
 from coordinator.records import Record, RestorePointRecord, SwitchOrder
 from coordinator.runlog import RunLog
-from coordinator.states import Verb, check_verb
+from coordinator.states import Verb, allowed_verbs, check_verb
 from coordinator.steps_commit import RESTORE_POINT
 from coordinator.steps_sync import OPERATOR_SAID_GO_ON
 from coordinator.timing import SWITCH, Trigger, moment, order_in_force
@@ -188,6 +188,22 @@ def order_switch(connection: Connection, name: str, author: Author, at_s: float 
         note(connection, pair, author, EntryKind.NOTE, SWITCH, sentence=sentence, record=SwitchOrder(at_s=at_s))
     request = journal.ask(connection, pair=name, run=run, verb=SWITCH, actor=author.actor, at_s=author.at_s)
     return SwitchAsked(run=run, request=request)
+
+
+def give_turn(connection: Connection, name: str, author: Author) -> bool:
+    """Note that the pair's turn in its plan has come. Whether that is new: harmless when repeated, and where the run
+    waits for something else, a person has spoken, or the switchover has begun already."""
+    pair = registry.get_pair(connection, name)
+    if Verb.SWITCH not in allowed_verbs(pair) or pair.run is None:
+        return False
+    record = journal.get_run(connection, pair.run)
+    check_format(record, name)
+    if order_in_force(record.options, RunLog(journal.entries(connection, name, pair.run))).trigger is not Trigger.TURN:
+        return False
+    turn = SwitchOrder(at_s=None, turn=True)
+    note(connection, pair, author, EntryKind.NOTE, SWITCH, sentence="its turn in the plan has come", record=turn)
+    journal.ask(connection, pair=name, run=pair.run, verb=SWITCH, actor=author.actor, at_s=author.at_s)
+    return True
 
 
 def take_over(

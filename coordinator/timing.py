@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from coordinator.convergence import Decision, Next
-from coordinator.entries import JournalEntry
 from coordinator.model import RunOptions, State, SwitchPolicy
 from coordinator.plain import from_json
 from coordinator.records import SwitchOrder, Waiting
@@ -32,6 +31,7 @@ class Trigger(enum.Enum):
     AUTO = "auto"
     AT = "at"
     PERSON = "person"
+    TURN = "turn"
     NOW = "now"
 
 
@@ -46,21 +46,27 @@ class Order:
 
 def order_in_force(options: RunOptions, log: RunLog) -> Order:
     """The last word of a person, as long as it has not been carried out; before any, that of `start`."""
-    notes: tuple[JournalEntry, ...] = log.notes(SWITCH)
+    told = [(entry, from_json(entry.result or "", SwitchOrder)) for entry in log.notes(SWITCH)]
     switched = log.seq_of_state(State.SWITCHING.value)
-    if notes:
-        last = from_json(notes[-1].result or "", SwitchOrder)
-        used = switched > notes[-1].seq
+    persons = [(entry, order) for entry, order in told if not order.turn]
+    if persons:
+        entry, last = persons[-1]
+        used = switched > entry.seq
         if last.at_s is not None:
             return Order(trigger=Trigger.AT, at_s=last.at_s, used=used)
         if not used:
             return Order(trigger=Trigger.NOW)
-    match options.switch:
+    policy = options.switch
+    if policy is SwitchPolicy.TURN and any(order.turn for _, order in told):
+        policy = SwitchPolicy.AUTO if options.switch_at_s is None else SwitchPolicy.AT
+    match policy:
         case SwitchPolicy.AUTO:
             tired = len(log.notes(LATE_RETURN)) >= MOST_RETURNS
             return Order(trigger=Trigger.PERSON if tired else Trigger.AUTO)
         case SwitchPolicy.AT:
             return Order(trigger=Trigger.AT, at_s=options.switch_at_s, used=switched >= 0)
+        case SwitchPolicy.TURN:
+            return Order(trigger=Trigger.TURN)
         case SwitchPolicy.MANUAL:
             return Order(trigger=Trigger.PERSON)
 
@@ -89,6 +95,8 @@ def judge(order: Order, decision: Decision, *, wall_s: float, pair: str) -> Verd
     by_hand = f"`failback switch {pair}` switches"
     if order.trigger is Trigger.AUTO:
         return _go(decision.sentence)
+    if order.trigger is Trigger.TURN:
+        return _wait("turn", f"waits for its turn in the plan ({by_hand} at once)")
     if order.trigger is Trigger.PERSON or order.at_s is None:
         return _wait("person", f"waits for a person: {by_hand}")
     late_s = wall_s - order.at_s
