@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from coordinator.errors import UsageError
 from coordinator.model import RunOptions
 
+PARALLEL = 4
+PARALLEL_PER_HOST = 2
+"""Unless the file says otherwise: more passes at once than that make each other slow on one host's disks."""
+
 
 class OnFailed(enum.Enum):
     """What a group does when a pair before it does not come home."""
@@ -51,8 +55,8 @@ class FleetPlan:
 
     groups: tuple[Group, ...]
     options: Mapping[str, RunOptions]
-    parallel: int = 4
-    parallel_per_host: int = 2
+    parallel: int = PARALLEL
+    parallel_per_host: int = PARALLEL_PER_HOST
 
     @property
     def pairs(self) -> tuple[str, ...]:

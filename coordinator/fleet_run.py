@@ -1,7 +1,7 @@
 """Leading the pairs of a plan: whose copying begins, whose turn it is, and when nothing more can be done.
 
-Each pair stays a run of its own, with its own journal and lock, worked on by a task of its own (or watched by it, where a
-unit of the service manager has the run). What goes wrong in one task ends that task and no other.
+Each pair stays a run of its own, with its own journal and lock, worked on by a task of its own (or watched by it,
+where a unit of the service manager has the run). What goes wrong in one task ends that task and no other.
 """
 
 from __future__ import annotations

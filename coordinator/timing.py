@@ -96,7 +96,7 @@ def judge(order: Order, decision: Decision, *, wall_s: float, pair: str) -> Verd
     if order.trigger is Trigger.AUTO:
         return _go(decision.sentence)
     if order.trigger is Trigger.TURN:
-        return _wait("turn", f"waits for its turn in the plan ({by_hand} at once)")
+        return _wait("turn", turn_words(pair))
     if order.trigger is Trigger.PERSON or order.at_s is None:
         return _wait("person", f"waits for a person: {by_hand}")
     late_s = wall_s - order.at_s
@@ -112,6 +112,11 @@ def judge(order: Order, decision: Decision, *, wall_s: float, pair: str) -> Verd
         f"the set time {when} passed more than {LATEST_S / 60:.0f} minutes ago while the run was not ready: {by_hand}, "
         f"`failback switch {pair} --at TIME` sets another time",
     )
+
+
+def turn_words(pair: str) -> str:
+    """What a pair of a plan says while others come before it."""
+    return f"waits for its turn in the plan (`failback switch {pair}` switches at once)"
 
 
 def moment(at_s: float) -> str:

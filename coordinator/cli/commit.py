@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from coordinator.cli.fleet import Declined, one_or_plan, plan_option
+from coordinator.cli.fleet_ends import commit_fleet
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.session import Session
-from coordinator.cli.start import Declined
 from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, work_here
@@ -17,7 +20,8 @@ from coordinator.states import Verb
 
 
 @verb("commit", "Make a failback final.")
-@click.argument("pair", type=PAIR)
+@click.argument("pair", type=PAIR, required=False)
+@plan_option
 @click.option(
     "--restore-point",
     type=click.Choice([choice.value for choice in RestorePoint]),
@@ -32,8 +36,16 @@ from coordinator.states import Verb
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @take_over_option
-@click.pass_obj
-def command(session: Session, pair: str, restore_point: str, wait_audit: bool, yes: bool, take_over: bool) -> int:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    pair: str | None,
+    plan_file: Path | None,
+    restore_point: str,
+    wait_audit: bool,
+    yes: bool,
+    take_over: bool,
+) -> int:
     """Make the failback of PAIR final: it cannot be undone any more, the replica stands by again.
 
     Waits for the audit of the run, and does it where no process works on it. An audit that found a difference forbids
@@ -42,7 +54,15 @@ def command(session: Session, pair: str, restore_point: str, wait_audit: bool, y
     \b
     Example:
       failback commit web1 --restore-point drop
+      failback commit --plan site.toml      every pair of that plan
     """
+    session: Session = ctx.obj
+    one_or_plan(ctx, pair, plan_file, alone=("restore_point", "wait_audit", "yes"))
+    if plan_file is not None:
+        return commit_fleet(
+            session, plan_file, restore_point=RestorePoint(restore_point), wait_audit=wait_audit, yes=yes
+        )
+    assert pair is not None
     if not session.confirm(f"Make the failback of {pair} final? It cannot be undone then.", yes=yes, action="commit"):
         raise Declined("not committed, nothing was touched", pair=pair)
 

@@ -19,6 +19,7 @@ from coordinator.cli.run_view import LINE_EVERY_S
 from coordinator.fleet import Place, TurnKind
 from coordinator.fleet_standing import Picture, Row
 from coordinator.model import State
+from coordinator.timing import turn_words
 
 WIDE = 120
 """From so many columns on the table has numbers of its own for speed, time left and downtime."""
@@ -90,7 +91,7 @@ class LinePlan(SilentPlan):
             now = (standing.place, waits, standing.sentence)
             if self._seen.get(standing.pair) != now:
                 self._seen[standing.pair] = now
-                note = note_of(row)
+                note = note_of(row, numbers=True)
                 self._output.say(f"{standing.pair}: {standing.place.value}{f' ({note})' if note else ''}")
         if self._clock() - self._said_s >= LINE_EVERY_S:
             self._said_s = self._clock()
@@ -186,7 +187,9 @@ def note_of(row: Row, *, numbers: bool = False) -> str:
             left = f", {human.duration(row.turn.left_s)} left" if row.turn.left_s else ""
             return row.turn.sentence + left
         case Place.WAITING:
-            return status.waiting or ""
+            # The run says so until it looks at its orders again.
+            given = status.waiting == turn_words(standing.pair)
+            return "its turn has come" if given else status.waiting or ""
         case Place.COPYING | Place.SWITCHING | Place.TAKING_BACK:
             doing = human.step(status.step) if status.step else ""
             progress = status.progress
@@ -198,16 +201,18 @@ def note_of(row: Row, *, numbers: bool = False) -> str:
                 f"{human.size(progress.total_bytes)}, {human.rate(progress.rate_bytes_s)}{left}"
             )
         case Place.HOME:
-            return _home_words(row)
+            return _home_words(row, numbers=numbers)
+        case Place.STOPPED if row.turn.kind is TurnKind.HELD:
+            return f"{standing.sentence}; {row.turn.sentence}"
         case _:
             return standing.sentence
 
 
-def _home_words(row: Row) -> str:
+def _home_words(row: Row, *, numbers: bool) -> str:
     status = row.status
     if status.state is State.READY:
         return "final" if status.outcome == "committed" else "in use, nothing to fail back"
-    words = [] if status.downtime_s is None else [f"downtime {human.duration(status.downtime_s)}"]
+    words = [] if status.downtime_s is None or not numbers else [f"downtime {human.duration(status.downtime_s)}"]
     if status.audit.running:
         words.append("audit under way")
     elif status.audit.state not in (AuditState.OFF, AuditState.CLEAN):
@@ -227,11 +232,11 @@ def show_picture(output: Output, picture: Picture) -> None:
         output.show(picture_table(picture, output.console.width))
     else:
         output.show(picture_table(picture, max(output.console.width, WIDE)))
-    told = [row for row in picture.rows if row.standing.sentence]
+    told = [row for row in picture.rows if row.standing.sentence and row.standing.place is not Place.AWAY]
     if told:
         output.say()
     for row in told:
-        output.item("  *", f"{row.standing.pair}: {row.standing.sentence}")
+        output.item("  *", f"{row.standing.pair}: {note_of(row)}")
 
 
 def picture_object(picture: Picture) -> list[dict[str, Any]]:

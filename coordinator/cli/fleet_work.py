@@ -1,8 +1,9 @@
-"""The work on the runs of a plan: each in a task of this process, or in its unit; signals stop them at safe boundaries."""
+"""The work on the runs of a plan: each in a task of this process, or in its unit; signals stop at safe boundaries."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from functools import partial
 
 import trio
@@ -11,14 +12,15 @@ from coordinator.cli.conduct import Interrupted, heard_signals
 from coordinator.cli.fleet_view import plan_view
 from coordinator.cli.follow import Ending, follow
 from coordinator.cli.run_view import SilentView
-from coordinator.cli.session import Session, actor, first_cause
 from coordinator.cli.service import unit_of
+from coordinator.cli.session import Session, actor, first_cause
 from coordinator.errors import CoordinatorError
 from coordinator.events import Event, Notice
 from coordinator.fleet import FleetPlan
 from coordinator.fleet_run import Explain, FleetView, Leader
 from coordinator.fleet_standing import Picture
 from coordinator.runs import Coordinator
+from coordinator.timing import turn_words
 
 
 class RunLost(CoordinatorError):
@@ -48,46 +50,50 @@ async def lead_here(
         Interrupted: a second signal ended the work in this process before a safe boundary.
     """
     stop = trio.Event()
-    answered = interrupted = False
     picture: Picture | None = None
-
-    async def listen(scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        nonlocal answered, interrupted
-        with trio.open_signal_receiver(*heard_signals()) as arrivals:
-            task_status.started()
-            async for number in arrivals:
-                if answered:
-                    interrupted = True
-                    scope.cancel()
-                    return
-                answered = True
-                view.notice(_answer(signal.Signals(number).name, file, here=why_here is not None))
-                stop.set()
-
     with plan_view(session.output) as view:
         work = partial(_work_unit, session, stop) if why_here is None else partial(_work_here, session, view, stop)
-        leader = Leader(
-            coordinator, plan, work=work, explain=explain, view=view, stop=stop, poll_s=session.poll_s
-        )
+        leader = Leader(coordinator, plan, work=work, explain=explain, view=view, stop=stop, poll_s=session.poll_s)
+
+        def answer(name: str) -> None:
+            view.notice(_answer(name, file, here=why_here is not None))
+
         async with trio.open_nursery() as nursery:
             scope = trio.CancelScope()
-            await nursery.start(listen, scope)
+            await nursery.start(listen_for_stop, stop, answer, scope)
             with scope:
                 picture = await leader.lead(queued)
             nursery.cancel_scope.cancel()
     if picture is None:
-        assert interrupted
         raise Interrupted(
             f"stopped at once by a second signal: `failback resume --plan {file}` goes on from the journals", file=file
         )
     return picture
 
 
+async def listen_for_stop(
+    stop: trio.Event,
+    answer: Callable[[str], None],
+    scope: trio.CancelScope | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """The first signal is answered and sets `stop`, the second one cancels `scope`, where there is one."""
+    with trio.open_signal_receiver(*heard_signals()) as arrivals:
+        task_status.started()
+        async for number in arrivals:
+            if not stop.is_set():
+                answer(signal.Signals(number).name)
+                stop.set()
+            elif scope is not None:
+                scope.cancel()
+                return
+
+
 async def _work_here(session: Session, view: FleetView, stop: trio.Event, pair: str) -> None:
     """In this process, with a coordinator of its own: connections and database of one run are no other's."""
 
     def observe(event: Event) -> None:
-        if isinstance(event, Notice):
+        if isinstance(event, Notice) and event.sentence != turn_words(pair):
             view.notice(f"{pair}: {event.sentence}")
 
     async with session.opener(session.config(), actor()) as coordinator:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import importlib.metadata
-import os
 import re
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,11 +33,10 @@ from coordinator.cli import (
     undo,
     watch,
 )
+from coordinator.cli.bugs import keep_trace
 from coordinator.cli.session import Session, first_cause
 from coordinator.cli.verb import TeachingGroup
 from coordinator.errors import CoordinatorError, ExitCode, UsageError
-
-BUG_LOG = "failback-errors.log"
 
 
 class Stopped(CoordinatorError):
@@ -114,25 +108,6 @@ def _usage_sentence(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if isinstance(context, click.Context) else "failback"
     return f"{sentence[:1].lower()}{sentence[1:]}; see `{path} --help`"
-
-
-def keep_trace(session: Session, error: BaseException) -> Path:
-    """Append the error's trace to a file beside the database, or where that cannot be, in the temporary folder."""
-    text = f"--- {datetime.datetime.now(datetime.UTC).isoformat()} failback {' '.join(sys.argv[1:])}\n"
-    text += "".join(traceback.format_exception(error))
-    folders = [Path(tempfile.gettempdir())]
-    with contextlib.suppress(CoordinatorError):  # a bad configuration is told elsewhere
-        folders.insert(0, session.config().state_dir)
-    for folder in folders:
-        path = folder / BUG_LOG
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError:
-            continue
-        with open(descriptor, "a", encoding="utf-8") as log:
-            log.write(text)
-        return path
-    return Path(os.devnull)
 
 
 def leave(session: Session, code: int) -> NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from coordinator.cli.fleet import one_or_plan, plan_fleet, plan_option
 from coordinator.cli.output import error_object
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.planning import chosen_options, plan_run, refused, run_options
@@ -16,15 +18,16 @@ from coordinator.errors import ExitCode
 
 
 @verb("plan", "Show what a failback would do, and every reason against it.")
-@click.argument("pair", type=PAIR)
+@click.argument("pair", type=PAIR, required=False)
+@plan_option
 @run_options
 @click.option(
     "--estimate/--no-estimate",
     default=True,
     help="Sample the disks to tell bytes, seconds and downtime (default; takes some seconds), or not.",
 )
-@click.pass_obj
-def command(session: Session, /, pair: str, estimate: bool, **chosen: Any) -> int:
+@click.pass_context
+def command(ctx: click.Context, /, pair: str | None, plan_file: Path | None, estimate: bool, **chosen: Any) -> int:
     """Show what a failback of PAIR would do, on what evidence, and every reason against it.
 
     Both agents are asked, and read some blocks of the disks to tell what a run would cost; nothing is changed. The
@@ -34,7 +37,13 @@ def command(session: Session, /, pair: str, estimate: bool, **chosen: Any) -> in
     \b
     Example:
       failback plan web1 --no-power-on
+      failback plan --plan site.toml      every pair of that plan
     """
+    session: Session = ctx.obj
+    one_or_plan(ctx, pair, plan_file, alone=("estimate",))
+    if plan_file is not None:
+        return plan_fleet(session, plan_file, estimate=estimate)
+    assert pair is not None
     options = chosen_options(**chosen)
     plan = session.run(lambda coordinator: plan_run(coordinator, pair, options, estimate=estimate))
     show_plan(session.output, plan)

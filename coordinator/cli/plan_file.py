@@ -37,7 +37,7 @@ import click
 from coordinator.cli.parameters import DURATION_S
 from coordinator.cli.planning import chosen_options, run_options
 from coordinator.errors import UsageError
-from coordinator.fleet import FleetPlan, Group, OnFailed
+from coordinator.fleet import PARALLEL, PARALLEL_PER_HOST, FleetPlan, Group, OnFailed
 from coordinator.model import PAIR_NAME, RunOptions, SwitchPolicy
 from coordinator.switch_order import PAST
 
@@ -104,10 +104,8 @@ class _Reader:
         return FleetPlan(
             groups=tuple(groups),
             options=self._options(groups, pairs),
-            parallel=self._count("parallel", FleetPlan.__dataclass_fields__["parallel"].default),
-            parallel_per_host=self._count(
-                "parallel-per-host", FleetPlan.__dataclass_fields__["parallel_per_host"].default
-            ),
+            parallel=self._count("parallel", PARALLEL),
+            parallel_per_host=self._count("parallel-per-host", PARALLEL_PER_HOST),
         )
 
     def _wrong(self, sentence: str) -> None:
@@ -142,29 +140,27 @@ class _Reader:
     def _group(self, table: Mapping[str, Any], number: int, before: str | None) -> Group:
         name = table.get("name")
         if not isinstance(name, str) or not name or not name.isprintable():
-            self._wrong(f"group {number} must have a name, as in name = \"databases\"")
+            self._wrong(f'group {number} must have a name, as in name = "databases"')
             name = f"{number}"
         where = f"group {name}: "
         self._check_keys(where, table, GROUP_KEYS)
         after = self._names(where, table, "after") if "after" in table else (before,) if before else ()
         policy = table.get("on-failed", OnFailed.HOLD.value)
         if policy not in [choice.value for choice in OnFailed]:
-            self._wrong(f"{where}on-failed is {policy!r}: write \"hold\" or \"go-on\"")
+            self._wrong(f'{where}on-failed is {policy!r}: write "hold" or "go-on"')
             policy = OnFailed.HOLD.value
         pairs = self._names(where, table, "pairs")
         if not pairs:
-            self._wrong(f"{where}pairs must name at least one pair, as in pairs = [\"db1\"]")
+            self._wrong(f'{where}pairs must name at least one pair, as in pairs = ["db1"]')
         for pair in pairs:
             if PAIR_NAME.fullmatch(pair) is None:
                 self._wrong(f"{where}{pair!r} is no name for a pair: 1 to 63 of a-z, 0-9 and -, the first one no dash")
-        return Group(
-            name=name, pairs=pairs, after=after, delay_s=self._delay(where, table), on_failed=OnFailed(policy)
-        )
+        return Group(name=name, pairs=pairs, after=after, delay_s=self._delay(where, table), on_failed=OnFailed(policy))
 
     def _names(self, where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
         value = table.get(key, [])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            self._wrong(f"{where}{key} must be a list of names, as in {key} = [\"a\", \"b\"]")
+            self._wrong(f'{where}{key} must be a list of names, as in {key} = ["a", "b"]')
             return ()
         return tuple(value)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from coordinator.cli.fleet import one_or_plan, plan_option, resume_fleet
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.service import ServiceFailed, unit_of
 from coordinator.cli.session import Session
@@ -19,13 +22,20 @@ from coordinator.states import TABLE, Verb, check_verb
 
 @verb("resume", "Go on with an unfinished run.")
 @click.argument("pair", type=PAIR, required=False)
+@plan_option
 @click.option("--foreground", is_flag=True, help="Work in this process, even where systemd could do it.")
 @click.option("--unit", is_flag=True, hidden=True, help="Work here, as the pair's unit: exit code 0 at rest.")
 @click.option("--all-unfinished", is_flag=True, hidden=True, help="Every unfinished run; for failback-resume.service.")
 @take_over_option
-@click.pass_obj
+@click.pass_context
 def command(
-    session: Session, pair: str | None, foreground: bool, unit: bool, all_unfinished: bool, take_over: bool
+    ctx: click.Context,
+    pair: str | None,
+    plan_file: Path | None,
+    foreground: bool,
+    unit: bool,
+    all_unfinished: bool,
+    take_over: bool,
 ) -> int:
     """Go on with the unfinished run of PAIR after a crash, a stop or a repaired failure.
 
@@ -35,9 +45,15 @@ def command(
     \b
     Example:
       failback resume web1
+      failback resume --plan site.toml      every unfinished run of that plan, in its order
     """
-    if all_unfinished == (pair is not None):
-        raise UsageError("say which pair to resume, as in `failback resume web1`")
+    session: Session = ctx.obj
+    if not all_unfinished:
+        one_or_plan(ctx, pair, plan_file, alone=("foreground",))
+    elif pair is not None or plan_file is not None:
+        raise UsageError("--all-unfinished is about every pair: name none beside it")
+    if plan_file is not None:
+        return resume_fleet(session, plan_file, foreground=foreground)
     if pair is None:
         return _resume_all(session, foreground=foreground)
     take_first(session, pair, Verb.RESUME, take_over=take_over)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from coordinator.cli.fleet import Declined, one_or_plan, plan_option, start_fleet
 from coordinator.cli.output import error_object
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.planning import chosen_options, plan_run, refused, run_options
@@ -15,27 +17,31 @@ from coordinator.cli.session import Session
 from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, watch_run, work_here
-from coordinator.errors import CoordinatorError, ExitCode
+from coordinator.errors import ExitCode
 from coordinator.events import Outcome
 from coordinator.model import Plan, RunOptions, State
 from coordinator.runs import Coordinator
 from coordinator.states import Verb
 
 
-class Declined(CoordinatorError):
-    """The person said no."""
-
-    code = "declined"
-
-
 @verb("start", "Fail a pair back: copy, switch over, verify.")
-@click.argument("pair", type=PAIR)
+@click.argument("pair", type=PAIR, required=False)
+@plan_option
 @run_options
 @click.option("--foreground", is_flag=True, help="Work in this process, even where systemd could do it.")
 @click.option("--yes", is_flag=True, help="Do not ask after showing the plan.")
 @take_over_option
-@click.pass_obj
-def command(session: Session, /, pair: str, foreground: bool, yes: bool, take_over: bool, **chosen: Any) -> int:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    pair: str | None,
+    plan_file: Path | None,
+    foreground: bool,
+    yes: bool,
+    take_over: bool,
+    **chosen: Any,
+) -> int:
     """Fail PAIR back: copy what differs while the replica serves, switch over, verify, start the original.
 
     Shows the plan and asks. Whatever speaks against it is listed whole, and nothing is touched (exit code 3). Where
@@ -51,7 +57,13 @@ def command(session: Session, /, pair: str, foreground: bool, yes: bool, take_ov
       failback start web1 --shutdown-timeout 10m --shutdown-policy force
       failback start web1 --switch at 02:00 --max-downtime 30s
       failback start web1 --limit-network 800Mbit --limit-read 200MB
+      failback start --plan site.toml      many pairs, in their order
     """
+    session: Session = ctx.obj
+    one_or_plan(ctx, pair, plan_file, alone=("foreground", "yes"))
+    if plan_file is not None:
+        return start_fleet(session, plan_file, foreground=foreground, yes=yes)
+    assert pair is not None
     options = chosen_options(**chosen)
     plan = session.run(lambda coordinator: plan_run(coordinator, pair, options, estimate=not yes))
     show_plan(session.output, plan)

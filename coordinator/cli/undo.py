@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from pathlib import Path
 
 import click
 
+from coordinator.cli.fleet import Declined, one_or_plan, plan_option
+from coordinator.cli.fleet_ends import undo_fleet
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.session import Session
-from coordinator.cli.start import Declined
 from coordinator.cli.taking import take_first, take_over_option
 from coordinator.cli.verb import verb
 from coordinator.cli.working import close, work_here
@@ -18,7 +20,8 @@ from coordinator.states import Verb
 
 
 @verb("undo", "Take a failback back.")
-@click.argument("pair", type=PAIR)
+@click.argument("pair", type=PAIR, required=False)
+@plan_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "--original-is-off",
@@ -26,8 +29,15 @@ from coordinator.states import Verb
     help="You made sure yourself that the original is off, and stays off: its host, named here, cannot be asked.",
 )
 @take_over_option
-@click.pass_obj
-def command(session: Session, pair: str, yes: bool, original_is_off: str | None, take_over: bool) -> int:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    pair: str | None,
+    plan_file: Path | None,
+    yes: bool,
+    original_is_off: str | None,
+    take_over: bool,
+) -> int:
     """Take the failback of PAIR back: the original goes off, the replica serves again with exactly its own data.
 
     Says how long the original ran; what it wrote since then stays behind on its disks. Then asks.
@@ -40,7 +50,13 @@ def command(session: Session, pair: str, yes: bool, original_is_off: str | None,
     Example:
       failback undo web1
       failback undo web1 --original-is-off prod1
+      failback undo --plan site.toml      every pair of that plan
     """
+    session: Session = ctx.obj
+    one_or_plan(ctx, pair, plan_file, alone=("yes",))
+    if plan_file is not None:
+        return undo_fleet(session, plan_file, yes=yes)
+    assert pair is not None
     forecast = session.run(lambda coordinator: coordinator.forecast_undo(pair))
     session.output.say(f"{forecast.sentence[:1].upper()}{forecast.sentence[1:]}.")
     if original_is_off is not None:

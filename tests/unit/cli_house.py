@@ -11,6 +11,7 @@ from typing import Any
 import trio
 from click.testing import CliRunner, Result
 
+from coordinator.agents import AgentDirectory
 from coordinator.cli.main import cli
 from coordinator.cli.service import Systemd
 from coordinator.cli.session import Session
@@ -27,6 +28,7 @@ class Command:
 
     def __init__(self, folder: Path, world: World | None = None, systemd: Systemd | None = None) -> None:
         self.world = world or World()
+        self.directory: AgentDirectory = self.world
         self.systemd = systemd or Systemd(runtime_dir=folder / "no-systemd")
         self.config = Config(state_dir=folder / "state", hooks_dir=folder / "hooks.d")
         self.poll_s = 0.01
@@ -34,7 +36,7 @@ class Command:
 
     def coordinator(self, _config: Config | None = None, actor: str = "root@test") -> Coordinator:
         """A coordinator over the world's agents."""
-        return Coordinator(self.config, actor=actor, agents=self.world)
+        return Coordinator(self.config, actor=actor, agents=self.directory)
 
     def session(self) -> Session:
         """What the group would make itself."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from coordinator.cli.main import BUG_LOG, cli
+from coordinator.cli.bugs import BUG_LOG
+from coordinator.cli.main import cli
 from coordinator.cli.session import Session
 from coordinator.errors import ExitCode
 from tests.unit.cli_house import PAIR, Command
