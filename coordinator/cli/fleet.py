@@ -43,7 +43,8 @@ def one_or_plan(ctx: click.Context, pair: str | None, plan_file: Path | None, *,
     verb = ctx.info_name
     if (pair is None) == (plan_file is None):
         raise UsageError(
-            f"say either which pair, as in `failback {verb} web1`, or which plan, as in `failback {verb} --plan FILE`"
+            f"{'missing PAIR' if pair is None else 'PAIR stands beside --plan'}: say either which pair, as in `failback "
+            f"{verb} web1`, or which plan with --plan FILE; see `failback {verb} --help`"
         )
     if plan_file is None:
         return

@@ -76,7 +76,7 @@ async def plan_whole(coordinator: Coordinator, plan: FleetPlan, *, estimate: boo
         for pair in plan.pairs:
             nursery.start_soon(one, pair)
     pairs = tuple(found[pair] for pair in plan.pairs)
-    return WholePlan(pairs=pairs, together=tuple(_no_room_together(pairs)))
+    return WholePlan(pairs=pairs, together=tuple(no_room_together(pairs)))
 
 
 async def _plan_pair(coordinator: Coordinator, plan: FleetPlan, name: str, *, estimate: bool) -> PairPlan:
@@ -113,7 +113,7 @@ def _why_none(status: PairStatus) -> str | None:
     return f"its unfinished run goes on ({status.state.value})"
 
 
-def _no_room_together(pairs: Sequence[PairPlan]) -> Iterator[Refusal]:
+def no_room_together(pairs: Sequence[PairPlan]) -> Iterator[Refusal]:
     """Places where each pair has room, and all of them together have not."""
     needed: dict[tuple[str, str], int] = {}
     free: dict[tuple[str, str], int] = {}

@@ -36,9 +36,7 @@ def test_options_are_those_of_start_by_default_and_by_pair() -> None:
 
 
 def test_pairs_behind_others_wait_for_their_turn_and_keep_a_set_time_or_a_persons_word() -> None:
-    plan = parse_plan(
-        TWO + '[pair.app1]\nswitch = "at 2031-01-31T02:00+00:00"\n[pair.app2]\nswitch = "manual"\n', "f"
-    )
+    plan = parse_plan(TWO + '[pair.app1]\nswitch = "at 2031-01-31T02:00+00:00"\n[pair.app2]\nswitch = "manual"\n', "f")
     assert plan.options["db1"].switch is SwitchPolicy.AUTO
     assert (plan.options["app1"].switch, plan.options["app1"].switch_at_s) == (SwitchPolicy.TURN, 1927591200.0)
     assert plan.options["app2"].switch is SwitchPolicy.MANUAL
