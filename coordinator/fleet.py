@@ -189,7 +189,7 @@ def _turn(
     left_s = 0.0 if since_s is None else group.delay_s - max(0.0, now_s - since_s)
     if left_s > 0:
         names = " and ".join(other.name for other in before)
-        return Turn(kind=TurnKind.DELAYED, sentence=f"{names} home, delay of {group.delay_s:.0f} s", left_s=left_s)
+        return Turn(kind=TurnKind.DELAYED, sentence=f"delay of {group.delay_s:.0f} s after {names}", left_s=left_s)
     return Turn(kind=TurnKind.COME)
 
 

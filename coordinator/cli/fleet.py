@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from coordinator.cli.bugs import bug_sentence
+from coordinator.cli.conduct import Interrupted
 from coordinator.cli.fleet_plans import WholePlan, plan_whole, refused_whole, show_whole, whole_object
 from coordinator.cli.fleet_view import picture_object, show_picture, summary
 from coordinator.cli.fleet_work import explain_error, lead_here
@@ -42,9 +43,10 @@ def one_or_plan(ctx: click.Context, pair: str | None, plan_file: Path | None, *,
     """
     verb = ctx.info_name
     if (pair is None) == (plan_file is None):
+        wrong = "missing PAIR" if pair is None else "PAIR stands beside --plan"
         raise UsageError(
-            f"{'missing PAIR' if pair is None else 'PAIR stands beside --plan'}: say either which pair, as in `failback "
-            f"{verb} web1`, or which plan with --plan FILE; see `failback {verb} --help`"
+            f"{wrong}: say either which pair, as in `failback {verb} web1`, or which plan with --plan FILE; see `failback "
+            f"{verb} --help`"
         )
     if plan_file is None:
         return
@@ -104,7 +106,14 @@ def start_fleet(session: Session, file: Path, *, foreground: bool, yes: bool) ->
                 errors[pair] = error.sentence
         return errors
 
-    errors = session.run(begin)
+    try:
+        errors = session.run(begin)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"stopped while runs were being begun: `failback resume --plan {file}` goes on with those, `failback undo "
+            f"--plan {file}` cancels them",
+            file=str(file),
+        ) from error
     for pair, sentence in errors.items():
         session.output.warn(f"{pair} was not started: {sentence}")
     return _lead(session, "start", plan, file, foreground=foreground, errors=errors)

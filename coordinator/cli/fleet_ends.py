@@ -47,15 +47,14 @@ def commit_fleet(session: Session, file: Path, *, restore_point: RestorePoint, w
 def undo_fleet(session: Session, file: Path, *, yes: bool) -> int:
     """Take every failback of the plan back, the last group first; runs that have not switched yet are cancelled."""
     plan = load_plan(file)
-    backwards = tuple(reversed(plan.pairs))
-    undone = [pair for pair in backwards if pair in _in(session, plan, {State.FAILBACK, State.UNDOING})]
-    cancelled = [pair for pair in backwards if pair in _in(session, plan, CANCELLABLE | {State.CANCELLING})]
+    undone = _in(session, plan, {State.FAILBACK, State.UNDOING})[::-1]
+    cancelled = _in(session, plan, CANCELLABLE | {State.CANCELLING})[::-1]
     session.output.say(_list("Undone would be", undone))
     if cancelled:
         session.output.say(_list("Cancelled would be", cancelled))
     for sentence in session.run(lambda coordinator: _forecasts(coordinator, undone)):
         session.output.item("  *", sentence)
-    both = [pair for pair in backwards if pair in undone or pair in cancelled]
+    both = [*undone, *cancelled]
     if both and not session.confirm(f"Take back {_count(both)}?", yes=yes, action="undo"):
         raise Declined("not undone, nothing was touched", file=str(file))
 

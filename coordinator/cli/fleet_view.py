@@ -97,7 +97,10 @@ class LinePlan(SilentPlan):
             self._said_s = self._clock()
             for row in picture.rows:
                 if row.standing.place in (Place.COPYING, Place.SWITCHING):
-                    self._output.say(f"    {row.standing.pair}: {note_of(row, numbers=True)}")
+                    done = _numbers(row, wide=False)[0]
+                    self._output.say(
+                        f"    {row.standing.pair}: {done} {note_of(row, numbers=True)}".replace(":  ", ": ")
+                    )
             self._output.say(f"    {summary(picture)}")
 
     def notice(self, sentence: str) -> None:
@@ -138,9 +141,8 @@ class LivePlan(SilentPlan):
     def _drawn(self) -> Group:
         if self._picture is None:
             return Group()
-        return Group(
-            picture_table(self._picture, self._live.console.width), Text(f"  {summary(self._picture)}", style="dim")
-        )
+        # The sums come first: of a table that is longer than the terminal is high, the end is cut.
+        return Group(Text(summary(self._picture), style="dim"), picture_table(self._picture, self._live.console.width))
 
 
 def picture_table(picture: Picture, width: int) -> Table:
@@ -184,8 +186,8 @@ def note_of(row: Row, *, numbers: bool = False) -> str:
         case Place.QUEUED:
             return "until fewer pairs are copied"
         case Place.WAITING if row.turn.kind is not TurnKind.COME:
-            left = f", {human.duration(row.turn.left_s)} left" if row.turn.left_s else ""
-            return row.turn.sentence + left
+            left = f"{human.duration(row.turn.left_s)} left, " if row.turn.left_s else ""
+            return left + row.turn.sentence
         case Place.WAITING:
             # The run says so until it looks at its orders again.
             given = status.waiting == turn_words(standing.pair)
@@ -195,11 +197,8 @@ def note_of(row: Row, *, numbers: bool = False) -> str:
             progress = status.progress
             if not numbers or progress is None:
                 return doing
-            left = f", {human.duration(progress.eta_s)} left" if progress.eta_s is not None else ""
-            return (
-                f"{doing}: {human.percent(progress.done_bytes, progress.total_bytes)} of "
-                f"{human.size(progress.total_bytes)}, {human.rate(progress.rate_bytes_s)}{left}"
-            )
+            left = f"{human.duration(progress.eta_s)} left, " if progress.eta_s is not None else ""
+            return f"{doing}, {left}{human.rate(progress.rate_bytes_s)}"
         case Place.HOME:
             return _home_words(row, numbers=numbers)
         case Place.STOPPED if row.turn.kind is TurnKind.HELD:

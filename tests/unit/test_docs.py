@@ -11,6 +11,7 @@ import pytest
 
 import agent.config
 import coordinator.config
+from coordinator.cli.plan_file import GROUP_KEYS, TOP_KEYS, parse_plan
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -49,6 +50,14 @@ def test_the_coordinators_settings_in_install_are_all_there_and_the_defaults(mon
     for section in (coordinator.config.Config, coordinator.config.PkiFiles, coordinator.config.HostConfig):
         for field in fields(section):
             assert re.search(rf"^\[?{field.name}( =|\]|\.)", text, re.M), field.name
+
+
+def test_the_plan_in_fleet_is_one_that_is_taken() -> None:
+    (text,) = re.findall(r"^```toml\n(.*?)^```", (REPOSITORY / "docs/FLEET.md").read_text(), re.M | re.S)
+    plan = parse_plan(str(text), "FLEET.md", begins=True)
+    assert plan.pairs == ("db1", "db2", "app1", "app2", "mon1")
+    for key in (*TOP_KEYS, *GROUP_KEYS):
+        assert re.search(rf"^\[*{key}( =|\]|\.)", text, re.M), key
 
 
 def test_links_between_documents_lead_somewhere() -> None:
