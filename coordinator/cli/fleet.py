@@ -45,8 +45,8 @@ def one_or_plan(ctx: click.Context, pair: str | None, plan_file: Path | None, *,
     if (pair is None) == (plan_file is None):
         wrong = "missing PAIR" if pair is None else "PAIR stands beside --plan"
         raise UsageError(
-            f"{wrong}: say either which pair, as in `failback {verb} web1`, or which plan with --plan FILE; see `failback "
-            f"{verb} --help`"
+            f"{wrong}: say either which pair, as in `failback {verb} web1`, or which plan with --plan FILE; "
+            f"see `failback {verb} --help`"
         )
     if plan_file is None:
         return
