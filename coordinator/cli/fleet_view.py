@@ -133,6 +133,7 @@ class LivePlan(SilentPlan):
     def show(self, picture: Picture) -> None:
         """Draw it from now on."""
         self._picture = picture
+        self._live.refresh()
 
     def notice(self, sentence: str) -> None:
         """Above the table."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import threading
@@ -131,6 +132,18 @@ class TestTheWhole:
         places = start(fleet, fleet.plan(TEXT), exit_code=ExitCode.FAILED)
         assert (places["db1"], places["db2"]) == ("stopped", "home")
         assert "ZeroDivisionError" in (fleet.config.state_dir / BUG_LOG).read_text()
+
+
+class TestParallelism:
+    def test_no_more_first_passes_run_at_once_than_the_plan_allows(self, fleet: Fleet) -> None:
+        assert start(fleet, fleet.plan("parallel = 1\n" + TEXT)) == dict.fromkeys(PAIRS, "home")
+
+        def at_s(pair: str, kind: str, step: str) -> float:
+            entries = fleet.json("history", pair)["entries"]
+            return next(float(e["at_s"]) for e in entries if (e["kind"], e["step"]) == (kind, step))
+
+        for earlier, later in itertools.pairwise(PAIRS):
+            assert at_s(later, "intent", "open_view:1") >= at_s(earlier, "done", "pass:1")
 
 
 class TestThePlan:

@@ -38,6 +38,9 @@ def log(*said: SwitchOrder | State | str) -> RunLog:
     return RunLog(entries)
 
 
+TURN = RunOptions(switch=SwitchPolicy.TURN)
+TURN_AT = RunOptions(switch=SwitchPolicy.TURN, switch_at_s=1000.0)
+COME = SwitchOrder(at_s=None, turn=True)
 NOW, LATER = SwitchOrder(at_s=None), SwitchOrder(at_s=2000.0)
 BACK = (State.SWITCHING, LATE_RETURN, State.SYNCING)
 
@@ -56,6 +59,14 @@ BACK = (State.SWITCHING, LATE_RETURN, State.SYNCING)
         (RunOptions(switch=SwitchPolicy.MANUAL), (NOW, *BACK), Order(trigger=Trigger.PERSON)),
         (RunOptions(), BACK, Order(trigger=Trigger.AUTO)),
         (RunOptions(), (*BACK, *BACK), Order(trigger=Trigger.PERSON)),
+        (TURN, (), Order(trigger=Trigger.TURN)),
+        (TURN, (COME,), Order(trigger=Trigger.AUTO)),
+        (TURN, (COME, *BACK, *BACK), Order(trigger=Trigger.PERSON)),
+        (TURN, (NOW,), Order(trigger=Trigger.NOW)),
+        (TURN, (NOW, *BACK), Order(trigger=Trigger.TURN)),
+        (TURN, (LATER, COME), Order(trigger=Trigger.AT, at_s=2000.0)),
+        (TURN_AT, (), Order(trigger=Trigger.TURN)),
+        (TURN_AT, (COME,), Order(trigger=Trigger.AT, at_s=1000.0)),
     ],
 )
 def test_the_last_word_holds_until_it_is_carried_out(
@@ -71,6 +82,8 @@ def test_the_last_word_holds_until_it_is_carried_out(
         (Order(trigger=Trigger.AUTO), HOLD, 0.0, False, "too long"),
         (Order(trigger=Trigger.NOW), HOLD, 0.0, True, "a person"),
         (Order(trigger=Trigger.PERSON), READY, 0.0, False, "`failback switch web`"),
+        (Order(trigger=Trigger.TURN), READY, 0.0, False, "its turn in the plan"),
+        (Order(trigger=Trigger.TURN), HOLD, 0.0, False, "too long"),
         (Order(trigger=Trigger.AT, at_s=1000.0), READY, 999.9, False, "--at TIME"),
         (Order(trigger=Trigger.AT, at_s=1000.0), READY, 1000.0, True, "has come"),
         (Order(trigger=Trigger.AT, at_s=1000.0), READY, 1000.0 + LATEST_S, True, "has come"),
