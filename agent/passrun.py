@@ -96,7 +96,7 @@ class PassRunner:
             if await self.threads.on_libvirt(lambda: self.views.has_died(grant.vm_uuid, grant.view)):
                 raise ViewLost(
                     f"the VM {grant.vm_uuid} stopped in the middle of the pass, and the view {grant.view} with it: "
-                    "find out why, then resume or cancel",
+                    "find out why, then try again or cancel",
                     vm=grant.vm_uuid,
                 ) from error
             raise
