@@ -28,7 +28,7 @@ from agent.virt.seam import (
 _RECHECK_S = 2.0  # an event may be lost with the connection that would have brought it
 
 _CANNOT_ANSWER = {
-    PowerState.PAUSED: "is paused and cannot answer a shutdown request: wake it with `virsh resume`, or end it by force",
+    PowerState.PAUSED: "is paused and cannot answer a shutdown request: `virsh resume` it or end it by force",
     PowerState.SUSPENDED: "sleeps and cannot answer a shutdown request: `virsh dompmwakeup` it, or end it by force",
     PowerState.CRASHED: "has crashed and cannot answer a shutdown request: end it by force",
 }
