@@ -168,6 +168,12 @@ def _person() -> str:
 def _tell_lifted(record: LiftRecord) -> None:
     vm = record.vm_name or record.vm_uuid
     click.echo(f"the VM {vm} is not fenced any more (it was, for the pair {record.pair} as its {record.side})")
+    if record.autostart_due:
+        click.echo(
+            "libvirt does not answer, so that its autostart could not be given back: the agent does that as soon as "
+            f"both run, or you with `virsh autostart {vm}`",
+            err=True,
+        )
     if record.condition == "torn":
         click.echo(
             f"its disks are torn: written in part by the run {record.run} and not verified; do not boot them unless "
@@ -183,6 +189,7 @@ def _show(listing: Listing, config: Config) -> None:
         click.echo(
             f"{lifted.vm_name or lifted.vm_uuid}: not fenced; {lifted.by} lifted the fence of the pair {lifted.pair} "
             f"at {_moment(lifted.at_s)} ({lifted.reason})"
+            + ("; its autostart is given back when libvirt answers" if lifted.autostart_due else "")
         )
     if not listing.fences:
         click.echo("no VM is fenced on this host")

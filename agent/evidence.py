@@ -4,8 +4,9 @@ The order of what becomes durable is the point of it. Before the first write of 
 N* (a pass limited to what was written since N) or nothing at all (any other); only when the pass is verified and the
 disk closed it says *equals view N*. A crash between any two of these leaves a record that claims too little.
 
-Two things prove that a record still holds: the image lock, held by this process without a gap since the record was
-made; or, for a file, an unchanged stamp. All methods block and may be called from several worker threads.
+What proves that a record still holds: of a file its unchanged stamp, be its lock held or not, for locks bind QEMU
+alone; of what has no stamp, a block device say, the image lock, held by this process without a gap since then. All
+methods block and may be called from several worker threads.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from protocol.messages import Evidence, GrantedDisk, TargetEvidence
 SETTLE_S = 0.02
 """Between the last write and the stamp: the kernel stamps files by a clock that moves every few milliseconds (10 at
 most), and within one tick a later write would leave no trace."""
+
+
+Marks = dict[str, tuple[HeldImage, Stamp | None]]
+"""By target: the lock that an image is held by, and its stamp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,9 @@ class EvidenceDesk:
             return Proof(record.view)
         # Without the boot of then, or without a stamp, nothing is known; that is not the same.
         known = record.stamp is not None and (stamp is None or under_lock or record.stamp.boot == stamp.boot)
+        if known and under_lock and record.stamp is not None and stamp is not None:
+            # Somebody who tries to start the VM by hand has libvirt change the owner of what it then cannot open.
+            known = record.stamp.content_changed_to(stamp)
         return Proof(None, why_not, touched=known)
 
     def _image(self, vm_uuid: str, target: str) -> FencedImage | None:
@@ -161,6 +169,29 @@ class EvidenceDesk:
             if record is not None and record.torn and held is not None and held is under and held.is_named():
                 self.book.put(replace(record, stamp=_stamp(held)))
 
+    # --- a verification in full -----------------------------------------------------------------------------------
+
+    def before_verifying(self, vm_uuid: str, targets: Iterable[str]) -> Marks:
+        """What the disks' images are before the first byte of them is read."""
+        marks: dict[str, tuple[HeldImage, Stamp | None]] = {}
+        for target in targets:
+            held = self._held(vm_uuid, target)
+            if held is not None and held.is_named():
+                marks[target] = held, _stamp(held)
+        return marks
+
+    def verified(self, vm_uuid: str, view: str, before: Marks) -> None:
+        """Both storages were read whole and are the same: the disks equal that view, as long as nobody has written to
+        them since before the first byte was read."""
+        for target, (held, stamp) in before.items():
+            if held is self._held(vm_uuid, target) and held.is_named():
+                self.book.put(
+                    EqualsRecord(
+                        vm_uuid=vm_uuid, target=target, path=str(held.path), view=view, torn=False, stamp=stamp
+                    )
+                )
+                self._under[vm_uuid, target] = held
+
     # --- forgetting -----------------------------------------------------------------------------------------------
 
     def forget(self, vm_uuid: str) -> None:
@@ -185,8 +216,7 @@ def _stamp(held: HeldImage) -> Stamp | None:
 def _touched(record: EqualsRecord, now: Stamp | None, *, under_lock: bool) -> str:
     """Why a record does not hold any more, as a sentence; empty where it does.
 
-    Locks bind QEMU alone. So a file that has a stamp must still have its content's part of it even under the lock;
-    without the lock all of it.
+    Locks bind QEMU alone. So a file that has a stamp must still have it, all of it, even under the lock.
     """
     then = record.stamp
     if under_lock and then is None:
@@ -198,7 +228,7 @@ def _touched(record: EqualsRecord, now: Stamp | None, *, under_lock: bool) -> st
         )
     if now is None:
         return f"{record.path} is another kind of file than it was"
-    changed = then.changed_to(now, under_lock=under_lock)
+    changed = then.changed_to(now)
     if "boot" in changed:
         return "the lock was lost and the host was started anew since, so that the times of the file prove nothing"
     if changed:

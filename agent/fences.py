@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agent.disk.lock import HeldImage, hold_exclusive, hold_frozen
-from agent.errors import AgentError, DiskError, HypervisorError, NoSuchDomain
+from agent.errors import AgentError, DiskError, HypervisorError, HypervisorUnreachable, NoSuchDomain
 from agent.ledger import ConditionRecord, DiskCondition, FencedImage, FenceRecord, Ledger, LockKind
 from agent.lift_record import LiftRecord
 from agent.virt.seam import Domain, Hypervisor, PowerState
@@ -123,7 +123,28 @@ class FenceKeeper:
                 failed += self._hold_all(fence)
                 if known.vm_uuid in self._unseen:
                     failed += self._look(fence)
-        return tuple(failed)
+        return (*failed, *self._give_autostart_back())
+
+    def _give_autostart_back(self) -> list[AgentError]:
+        """To VMs whose fence was lifted by hand while libvirt did not answer, and that are not fenced again."""
+        failed: list[AgentError] = []
+        for lifted in self.ledger.contents.lifts:
+            if not lifted.autostart_due:
+                continue
+            with self._turn(lifted.vm_uuid):
+                if self.ledger.fence(lifted.vm_uuid) is not None:
+                    continue
+                try:
+                    self._set_autostart(lifted.vm_uuid)
+                except AgentError as error:
+                    failed.append(error)
+                    continue
+                self.ledger.lift_by_hand(replace(lifted, autostart_due=False), None)
+        return failed
+
+    def _set_autostart(self, vm_uuid: str) -> None:
+        with contextlib.suppress(NoSuchDomain):  # deleted: nothing is left that could start
+            self.hypervisor.set_autostart(vm_uuid, enabled=True)
 
     def _hold_all(self, fence: FenceRecord) -> list[AgentError]:
         failed: list[AgentError] = []
@@ -178,12 +199,14 @@ class FenceKeeper:
             old = self.ledger.fence(vm_uuid)
             if old is not None and old.pair != pair:
                 raise Fenced(f"the VM {domain.name} is fenced for the pair {old.pair}: end that run first")
+            lifted = self.ledger.lift_of(vm_uuid)
+            owed = lifted is not None and lifted.autostart_due  # what the VM has now is not what it ought to have
             fence = FenceRecord(
                 vm_uuid=vm_uuid,
                 pair=pair,
                 run=run,
                 side=side,
-                autostart_before=domain.autostart if old is None else old.autostart_before,
+                autostart_before=(domain.autostart or owed) if old is None else old.autostart_before,
                 vm_name=domain.name,
                 since_s=time.time() if old is None else old.since_s,
                 images=self._images(domain, targets, side, old if old is not None and old.side == side else None),
@@ -228,8 +251,7 @@ class FenceKeeper:
                 raise Fenced(f"the VM {vm_uuid} is fenced for the pair {fence.pair}: {pair} cannot lift that fence")
             before = fence.autostart_before if autostart is None else autostart
             if restore_autostart and before:
-                with contextlib.suppress(NoSuchDomain):  # deleted: nothing is left that could start
-                    self.hypervisor.set_autostart(vm_uuid, enabled=True)
+                self._set_autostart(vm_uuid)
             self.ledger.drop_fence(vm_uuid)
             self._unseen.discard(vm_uuid)
             for image in fence.images:
@@ -237,14 +259,21 @@ class FenceKeeper:
 
     def lift_by_hand(self, fence: FenceRecord, *, by: str, reason: str) -> LiftRecord:
         """Lift the fence at a person's word, whatever it is for and whatever the disks hold; who, when and why stays in
-        the ledger. Disks that equalled a view are out of our hands now; torn ones stay called torn.
+        the ledger. Disks that equalled a view are out of our hands now; torn ones stay called torn. Where libvirt does
+        not answer, autostart is owed (`mend` gives it back): a person on a host in trouble needs the fence gone now.
 
         Raises:
-            HypervisorError: autostart cannot be given back; nothing is changed then.
+            HypervisorError: libvirt answers and does not give autostart back; nothing is changed then.
         """
         uuid = fence.vm_uuid
         with self._turn(uuid):
             flag = self.condition(uuid)
+            due = False
+            if fence.autostart_before:
+                try:
+                    self._set_autostart(uuid)
+                except HypervisorUnreachable:
+                    due = True
             record = LiftRecord(
                 vm_uuid=uuid,
                 vm_name=fence.vm_name,
@@ -255,10 +284,8 @@ class FenceKeeper:
                 by=by,
                 reason=reason,
                 at_s=time.time(),
+                autostart_due=due,
             )
-            if fence.autostart_before:
-                with contextlib.suppress(NoSuchDomain):
-                    self.hypervisor.set_autostart(uuid, enabled=True)
             whole = ConditionRecord(vm_uuid=uuid, condition=DiskCondition.INTACT)
             self.ledger.lift_by_hand(record, whole if flag is DiskCondition.EQUALS_VIEW else None)
             self._unseen.discard(uuid)

@@ -16,6 +16,7 @@ class LiftRecord:
         by: the user on this host.
         reason: in their words.
         at_s: when, seconds since 1970.
+        autostart_due: libvirt did not answer then; autostart is given back as soon as it does.
     """
 
     vm_uuid: str
@@ -27,3 +28,4 @@ class LiftRecord:
     by: str
     reason: str
     at_s: float
+    autostart_due: bool = False

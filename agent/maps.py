@@ -191,7 +191,7 @@ class MapDesk:
                 f"the lock of {header.image} has not been held since its digest map was put away, if it ever was, and "
                 "nothing else tells whether the image was written to"
             )
-        changed = ("kind",) if now is None else header.stamp.changed_to(now, under_lock=under_lock)
+        changed = ("kind",) if now is None else header.stamp.changed_to(now)
         if changed:
             raise NoMap(
                 f"the file {header.image} was changed, or may have been, since its digest map was put away "

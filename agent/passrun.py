@@ -96,7 +96,7 @@ class PassRunner:
             if await self.threads.on_libvirt(lambda: self.views.has_died(grant.vm_uuid, grant.view)):
                 raise ViewLost(
                     f"the VM {grant.vm_uuid} stopped in the middle of the pass, and the view {grant.view} with it: "
-                    "find out why, then resume or cancel",
+                    "find out why, then try again or cancel",
                     vm=grant.vm_uuid,
                 ) from error
             raise
@@ -214,11 +214,15 @@ class PassRunner:
         try:
             await self.threads.on_disk(open_all)
             self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in grant.disks if opened})
-            return await self.passes.receive(session, opened, maps, nothing_is_written, progress)
+            before = await self.threads.on_disk(lambda: self.evidence.before_verifying(grant.vm_uuid, tuple(opened)))
+            reports = await self.passes.receive(session, opened, maps, nothing_is_written, progress)
         finally:
             for digest_map in maps.values():
                 digest_map.close()
             await self._close(opened, complain=False)
+        if opened and not any(report.differing or report.differing_bytes for report in reports):
+            await self.threads.on_disk(lambda: self.evidence.verified(grant.vm_uuid, grant.view, before))
+        return reports
 
     def _why_compared(self, session: Session) -> dict[str, str]:
         """Why the disks that are compared are: by what this side knows, if it is for want of that."""

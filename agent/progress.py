@@ -173,7 +173,7 @@ class ProgressDesk:
         if record.stamp is None:
             return "" if under_lock else "the lock was lost while something was being written"
         now = _stamp(held)
-        changed = ("kind",) if now is None else record.stamp.changed_to(now, under_lock=under_lock)
+        changed = ("kind",) if now is None else record.stamp.changed_to(now)
         return f"the file was changed since ({', '.join(changed)})" if changed else ""
 
     def _put(self, path: Path, record: ProgressRecord, *, must: bool = False) -> None:

@@ -125,7 +125,7 @@ class AgentLink:
         try:
             return await channel.ask(request, timeout_s=timeout_s, on_progress=on_progress)
         except RequestFailed as error:
-            refused = AgentRefused(error.sentence, code=error.code)
+            refused = AgentRefused(error.sentence.rstrip("."), code=error.code)
             refused.facts.update({**error.facts, "host": self._host})
             raise refused from error
         except RequestTimedOut as error:

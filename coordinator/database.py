@@ -23,8 +23,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from coordinator import schema, soundness
-from coordinator.errors import DatabaseError, UsageError
-from coordinator.soundness import APPLICATION_ID, sentence_of
+from coordinator.errors import DatabaseError, DatabaseFull, UsageError
+from coordinator.soundness import APPLICATION_ID, says_full, sentence_of
 from coordinator.upgrades import make_tables, upgrade
 
 
@@ -110,7 +110,9 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise DatabaseError(sentence_of(self.path, error.orig or error)) from error
+            cause = error.orig or error
+            kind = DatabaseFull if says_full(self.path, cause) else DatabaseError
+            raise kind(sentence_of(self.path, cause)) from error
 
     @contextmanager
     def _mapped_driver(self) -> Iterator[None]:

@@ -108,3 +108,7 @@ class DatabaseError(CoordinatorError):
     """The registry cannot be opened, read or written."""
 
     code = "database"
+
+
+class DatabaseFull(DatabaseError):
+    """There is no room on its file system; nothing of the transaction was written."""

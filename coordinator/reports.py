@@ -37,6 +37,8 @@ class DiskLine:
         rung, why_not_higher: the rung of evidence, and why no higher one.
         frames: how many frames of data were sent, by how they were stored (``raw``, ``zstd 1`` …).
         stored_bytes: what `changed_bytes` became in them.
+        reconnects: how often the link was lost and came back; resumed_bytes: proven by an earlier attempt, and not done
+            again.
         lanes: connections used; source_access, target_access: how either side read its disk.
     """
 
@@ -60,6 +62,8 @@ class DiskLine:
     lanes: int
     source_access: str
     target_access: str
+    reconnects: int = 0
+    resumed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +203,8 @@ def _disk_line(name: str, passed: PassRecord, pair: DiskPair) -> DiskLine:
         lanes=here.lanes,
         source_access=here.access,
         target_access=there.access,
+        reconnects=max(here.reconnects, there.reconnects),
+        resumed_bytes=max(here.resumed_bytes, there.resumed_bytes),
     )
 
 

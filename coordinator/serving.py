@@ -173,6 +173,7 @@ class Serving:
                 return False
             sentence = f"about {prediction.total_s:.1f} s of downtime are expected"
             await context.write(EntryKind.NOTE, PREDICTED, sentence=sentence, record=prediction)
+        await context.store.keep_room()  # while people are served: without a journal nothing would be taken back either
         await self._move(State.SWITCHING, reason=verdict.waiting.sentence)
         self._decision = None  # whatever comes back from there is another situation
         return True

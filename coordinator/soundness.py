@@ -181,13 +181,20 @@ def _quick_check(raw: sqlite3.Connection, now: Callable[[], float] = time.monoto
         raw.set_progress_handler(None, 0)
 
 
-def sentence_of(path: Path, error: BaseException) -> str:
-    """What an error of SQLite's means and what to do."""
+def says_full(path: Path, error: BaseException) -> bool:
+    """Whether an error of SQLite's is about room."""
+    return _primary(path, error) == sqlite3.SQLITE_FULL
+
+
+def _primary(path: Path, error: BaseException) -> int | None:
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if isinstance(code, int) else None
-    if primary == sqlite3.SQLITE_IOERR and _is_full(path):
-        primary = sqlite3.SQLITE_FULL
-    match primary:
+    return sqlite3.SQLITE_FULL if primary == sqlite3.SQLITE_IOERR and _is_full(path) else primary
+
+
+def sentence_of(path: Path, error: BaseException) -> str:
+    """What an error of SQLite's means and what to do."""
+    match _primary(path, error):
         case sqlite3.SQLITE_NOTADB:
             return f"{path} is not a database: {RESTORE}"
         case sqlite3.SQLITE_CORRUPT:

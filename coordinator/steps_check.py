@@ -14,6 +14,8 @@ from coordinator.steps import Step, StepFailed, prove_off, take_fence
 from protocol.messages import AskEvidence, CloseView, Done, Evidence, PassKind, Side
 
 LAST_PASS = "last_pass"
+UNKNOWN_QUESTION = "forbidden"
+"""Code of an agent that does not take a request (`agent.errors.Forbidden`)."""
 
 
 def final_view(context: RunContext) -> str:
@@ -57,21 +59,20 @@ async def require_untouched(context: RunContext, view: str) -> None:
     """Insist that nobody has written to the original since the last pass, by what its agent can tell of its disks.
 
     The flag alone does not know: an agent that was away for a moment takes the locks again and finds the flag as it
-    was. Where this process has verified the storage in full, more than that is proven.
+    was. A verification in full is no reason not to ask, for it proves what the storage held while it was read; its
+    agent knows the files as they were then, and says so of a block device whose lock it has held since.
 
     Raises:
         StepFailed: a disk is not proven to equal the view any more, or its agent does not say.
     """
-    full = context.log.last(VerifyFull.name)
-    switching = context.log.seq_of_state(State.SWITCHING.value)
-    if full is not None and full.kind is EntryKind.DONE and full.epoch == context.epoch and full.seq > switching:
-        return
     question = AskEvidence(vm_uuid=context.pair.original.uuid, targets=context.original_targets)
     try:
         disks = (await ask(context.target, question, Evidence, timeout_s=QUESTION_TIMEOUT_S)).disks
     except AgentRefused as error:
         if is_silent(error) or error.code == STALE_EPOCH:
             raise
+        if error.code == UNKNOWN_QUESTION and _verified_in_full(context):
+            return  # an older agent, which keeps no such records: what was read whole is all there is
         # One that will not say what its disks equal proves nothing, whatever its reason.
         raise StepFailed(
             f"the agent on {context.target.host} does not say what the original's disks hold "
@@ -86,6 +87,13 @@ async def require_untouched(context: RunContext, view: str) -> None:
                 f"pass verified ({why}): it must not start; fail the pair back again",
                 code="not-verified",
             )
+
+
+def _verified_in_full(context: RunContext) -> bool:
+    """Whether this process has read both storages whole in this switchover."""
+    full = context.log.last(VerifyFull.name)
+    switching = context.log.seq_of_state(State.SWITCHING.value)
+    return full is not None and full.kind is EntryKind.DONE and full.epoch == context.epoch and full.seq > switching
 
 
 class RememberMaps(Step):

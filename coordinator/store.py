@@ -10,7 +10,9 @@ from typing import TypeVar
 import trio
 from sqlalchemy import Connection
 
+from coordinator import reserve
 from coordinator.database import Database
+from coordinator.errors import DatabaseFull
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
@@ -32,14 +34,31 @@ class Store:
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a write transaction; durable when this returns.
 
-        A cancelled caller waits for the end: a write whose outcome nobody learns would be worse than a late one.
+        A cancelled caller waits for the end: a write whose outcome nobody learns would be worse than a late one. Where
+        the disk is full, the room that a switchover keeps (`keep_room`) is given up, and `work` run once more.
         """
 
-        def call() -> T:
+        def once() -> T:
             with self._database.transaction() as connection:
                 return work(connection)
 
+        def call() -> T:
+            try:
+                return once()
+            except DatabaseFull:
+                if not reserve.give_up(self._database.path):
+                    raise
+                return once()
+
         return await self._call(call)
+
+    async def keep_room(self) -> None:
+        """Keep room for the journal of a switchover.
+
+        Raises:
+            DatabaseError: there is none.
+        """
+        await self._call(lambda: reserve.take(self._database.path))
 
     async def read(self, work: Work[T]) -> T:
         """Run `work` on one consistent state."""

@@ -16,15 +16,15 @@ from agent.disk.runs import Run, problem_of
 from agent.errors import DiskError, DiskFull, FlushFailed
 
 _CURES = {
-    errno.ENOSPC: "free some room there, then resume",
-    errno.EDQUOT: "raise the quota or free some room there, then resume",
-    errno.EIO: "look at the storage under it (dmesg names the device), then resume",
+    errno.ENOSPC: "free some room there, then try again",
+    errno.EDQUOT: "raise the quota or free some room there, then try again",
+    errno.EIO: "look at the storage under it (dmesg names the device), then try again",
     errno.EACCES: "give the agent's user the right to open it",
     errno.EPERM: "give the agent's user the right to open it",
     errno.ENOENT: "check that it is still where the domain says it is",
     errno.EROFS: "mount its file system writable",
     errno.EBUSY: "unmount or release it on this host first",
-    errno.ETIMEDOUT: "look at what serves it and at the storage under it, then resume",
+    errno.ETIMEDOUT: "look at what serves it and at the storage under it, then try again",
 }
 
 
@@ -40,7 +40,7 @@ def storage_error(name: str, where: str, doing: str, number: int, detail: str = 
         facts: ``offset_bytes`` and ``length_bytes`` where they apply.
     """
     cause = detail or os.strerror(number)
-    cure = _CURES.get(number, "look at the storage under it, then resume")
+    cure = _CURES.get(number, "look at the storage under it, then try again")
     kind = DiskFull if number in (errno.ENOSPC, errno.EDQUOT) else DiskError
     return kind(
         f"Disk {name} ({where}): {doing} failed: {cause}; {cure}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -30,15 +30,18 @@ class Stamp:
     ctime_ns: int
     boot: str
 
-    def changed_to(self, now: Stamp, *, under_lock: bool) -> tuple[str, ...]:
+    def changed_to(self, now: Stamp) -> tuple[str, ...]:
         """Names of what is another in `now`; empty where nobody wrote to the file meanwhile.
 
-        `under_lock`: the image lock was held all the time, so that changes of the inode alone (its owner, say) count
-        for nothing. Locks bind QEMU alone: what tells of content counts all the same.
+        All of it counts, also while the image lock was held: locks bind QEMU alone, and whoever writes past them can
+        set every time back but `ctime_ns` (utimensat(2)). A change of the owner alone looks like a write, then; that
+        costs a comparison.
         """
-        if under_lock:
-            now = replace(now, ctime_ns=self.ctime_ns, boot=self.boot)
         return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(now, f.name))
+
+    def content_changed_to(self, now: Stamp) -> bool:
+        """Whether it is another file in `now`, or one whose content was changed for all to see: more than its inode."""
+        return any(name != "ctime_ns" for name in self.changed_to(now))
 
 
 def stamp_of(fd: int) -> Stamp | None:

@@ -85,5 +85,5 @@ class StallWatch:
         else:
             what = f"the {other} agent has got nowhere for {seconds:.0f} s; look at that host and its storage"
         return PassStalled(
-            f"disk {self.disk_name}: {what}, then resume: what is proven is not done again", disk=self.disk_name
+            f"disk {self.disk_name}: {what}, then try again: what is proven is not done again", disk=self.disk_name
         )

@@ -28,12 +28,12 @@ from agent.virt.seam import (
 _RECHECK_S = 2.0  # an event may be lost with the connection that would have brought it
 
 _CANNOT_ANSWER = {
-    PowerState.PAUSED: "is paused and cannot answer a shutdown request: `virsh resume` it, or end it by force",
+    PowerState.PAUSED: "is paused and cannot answer a shutdown request: `virsh resume` it or end it by force",
     PowerState.SUSPENDED: "sleeps and cannot answer a shutdown request: `virsh dompmwakeup` it, or end it by force",
     PowerState.CRASHED: "has crashed and cannot answer a shutdown request: end it by force",
 }
 _CANNOT_START = {
-    PowerState.PAUSED: "is paused: `virsh resume` it",
+    PowerState.PAUSED: "is paused: let it go on with `virsh resume`",
     PowerState.SUSPENDED: "sleeps: `virsh dompmwakeup` it",
     PowerState.SHUTTING_DOWN: "is shutting down: wait until it is off",
     PowerState.CRASHED: "has crashed and still holds its disks: end it by force first",

@@ -246,6 +246,10 @@ def _transfer(line: DiskLine) -> str:
     if line.target_access != accesses:
         accesses = f"{accesses} at the source, {line.target_access} at the target"
     words = f"read by {accesses}, {line.lanes} connection{'' if line.lanes == 1 else 's'}"
+    if line.reconnects:
+        words += f", reconnected {line.reconnects} time{'' if line.reconnects == 1 else 's'}"
+    if line.resumed_bytes:
+        words += f", {human.size(line.resumed_bytes)} proven by an earlier attempt"
     if not line.frames:
         return f"{words}, no data sent"
     count = sum(line.frames.values())

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from protocol.messages import Protect, Request, RunPass
+from coordinator.reserve import RESERVE_BYTES, reserve_of
+from protocol.messages import Power, PowerOff, Protect, Request, RunPass
 from tests.unit.cli_house import PAIR, Command
 
 pytestmark = [pytest.mark.root]
-SIZE = "size=2m"
+SIZE = "size=8m"
 
 
 class SmallDisk:
-    """A file system of 2 MiB for the registry."""
+    """A file system of 8 MiB for the registry."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,13 +31,13 @@ class SmallDisk:
     def remount(self, mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", self.folder], check=True)
 
-    def fill(self) -> None:
+    def fill(self, *, but_bytes: int = 0) -> None:
         with self._filler.open("ab", buffering=0) as filler:
             try:
                 while True:
                     filler.write(bytes(4096))
             except OSError:
-                return
+                filler.truncate(filler.tell() - but_bytes)
 
     def free(self) -> None:
         self._filler.unlink()
@@ -51,15 +52,14 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     subprocess.run(["umount", made.folder], check=True)
 
 
-@pytest.mark.parametrize("kind", [RunPass, Protect])
 def test_a_disk_that_fills_in_the_middle_of_a_run_stops_it_and_the_run_goes_on_when_there_is_room(
-    tmp_path: Path, disk: SmallDisk, kind: type[Request]
+    tmp_path: Path, disk: SmallDisk
 ) -> None:
     command = Command(tmp_path)
     command.register()
 
     def fills(_host: str, request: Request, moment: str) -> None:
-        if isinstance(request, kind) and moment == "before":
+        if isinstance(request, RunPass) and moment == "before":
             disk.fill()
 
     command.world.fault = fills
@@ -73,6 +73,38 @@ def test_a_disk_that_fills_in_the_middle_of_a_run_stops_it_and_the_run_goes_on_w
     disk.free()
     assert command.json("resume", PAIR, "--foreground")["state"] == "Failback"
     assert command("commit", PAIR, "--restore-point", "drop", "--yes").exit_code == 0
+
+
+@pytest.mark.parametrize("kind", [PowerOff, Protect])
+def test_a_disk_that_fills_in_the_switchover_leaves_nobody_unserved(
+    tmp_path: Path, disk: SmallDisk, kind: type[Request]
+) -> None:
+    command = Command(tmp_path)
+    command.register()
+    kept: list[bool] = []
+
+    def fills(_host: str, request: Request, moment: str) -> None:
+        if isinstance(request, kind) and moment == "after" and reserve_of(command.config.database).exists():
+            kept.append(True)
+            disk.fill()
+
+    command.world.fault = fills
+    assert command.json("start", PAIR, "--yes", "--foreground")["state"] == "Failback"
+    assert kept
+    assert not reserve_of(command.config.database).exists()
+
+
+def test_a_switchover_whose_journal_has_no_room_is_not_begun(tmp_path: Path, disk: SmallDisk) -> None:
+    command = Command(tmp_path)
+    command.register()
+    disk.fill(but_bytes=RESERVE_BYTES // 2)
+    told = command.json("start", PAIR, "--yes", "--foreground", exit_code=1)["error"]
+    assert told["code"] == "database"
+    assert "the switchover is not begun" in told["sentence"]
+    assert command.world.replica.power is Power.RUNNING
+    assert not reserve_of(command.config.database).exists()
+    disk.free()
+    assert command.json("resume", PAIR, "--foreground")["state"] == "Failback"
 
 
 def test_a_disk_without_any_room_takes_no_registry_and_keeps_no_half_of_one(tmp_path: Path, disk: SmallDisk) -> None:

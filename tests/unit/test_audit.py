@@ -228,6 +228,27 @@ async def test_verify_full_that_differs_rolls_back_and_names_disk_and_place(hous
     assert not house.world.views
 
 
+async def test_a_write_past_the_locks_after_a_full_verification_keeps_the_original_off(house: House) -> None:
+    told: set[str] = set()
+
+    def written(host: str, request: Request, moment: str) -> None:
+        if not isinstance(request, RunPass) or moment != "after":
+            return
+        if house.world.grants[host, request.grant].kind is PassKind.VERIFY:
+            told.add(host)
+        if told == {"prod", "dr"}:
+            house.world.original.disks["vda"] = b"somebody else's"
+
+    async with house.process() as coordinator:
+        house.world.fault = written
+        await coordinator.start_run(PAIR, RunOptions(verify_full=True))
+        outcome = await coordinator.execute_run(PAIR)
+    assert outcome.state is State.FAILOVER
+    assert "disk vda of the original" in outcome.sentence
+    assert "not proven to hold what the last pass verified" in outcome.sentence
+    assert (house.world.replica.power, house.world.original.boots) == (Power.RUNNING, 0)
+
+
 async def test_an_agent_that_fails_in_the_audit_changes_nothing(house: House) -> None:
     def broken(host: str, request: Request, moment: str) -> None:
         if in_audit(house, host, request, moment):

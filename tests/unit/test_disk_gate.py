@@ -20,7 +20,7 @@ def test_a_request_names_disk_place_and_bytes_when_the_system_call_fails() -> No
         raise OSError(errno.EIO, "Input/output error")
     assert caught.value.sentence == (
         "Disk vdb (/images/vdb.raw): writing 20 bytes at 10 failed: Input/output error; "
-        "look at the storage under it (dmesg names the device), then resume."
+        "look at the storage under it (dmesg names the device), then try again."
     )
     assert caught.value.facts == {"disk": "vdb", "errno": "EIO", "offset_bytes": 10, "length_bytes": 20}
     assert isinstance(caught.value.__cause__, OSError)

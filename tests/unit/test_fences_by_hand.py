@@ -11,7 +11,7 @@ import trio
 
 from agent import hand
 from agent.checkup import file_system_of
-from agent.errors import HypervisorUnreachable
+from agent.errors import HypervisorError, HypervisorUnreachable
 from agent.fences import NotFenced
 from agent.ledger import ConditionRecord, DiskCondition, Ledger
 from agent.local import LocalRefused, NoAgent, asked_lift, asked_listing, listen_locally, serve_locally
@@ -30,6 +30,10 @@ async def _described(house: AgentHouse) -> VmDescription:
     told = await house.ask(InspectVm(vm="web"))
     assert isinstance(told, VmDescription)
     return told
+
+
+def _down(*_: object, **__: object) -> bool:
+    raise HypervisorUnreachable("Cannot connect to libvirt")
 
 
 def _lift(house: AgentHouse, vm: str = "web") -> None:
@@ -75,16 +79,49 @@ async def test_that_it_was_lifted_is_kept_until_a_run_has_fenced_and_released_th
     assert (await _described(house)).lifted is None
 
 
-async def test_without_libvirt_autostart_cannot_be_given_back_and_nothing_changes(
+async def test_without_libvirt_the_fence_is_lifted_and_autostart_given_back_later(
+    house: AgentHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.fence()
+    with monkeypatch.context() as patched:
+        patched.setattr(house.service.hypervisor, "set_autostart", _down)
+        record = hand.lift(house.service.fences, house.service.evidence, "web", by="root", reason="libvirt is broken")
+        assert record.autostart_due
+        assert not is_locked(house.image)
+        assert [error.code for error in house.service.fences.mend()] == ["hypervisor-unreachable"]
+    assert house.service.fences.fence_of(house.vm.uuid) is None
+    assert not (await _described(house)).autostart
+    assert not house.service.fences.mend()
+    assert (await _described(house)).autostart
+    house.service.hypervisor.set_autostart(house.vm.uuid, enabled=False)  # from here on it is the administrator's
+    assert not house.service.fences.mend()
+    assert not (await _described(house)).autostart
+
+
+async def test_a_vm_that_is_fenced_again_before_libvirt_answered_keeps_the_autostart_it_is_owed(
+    house: AgentHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.fence()
+    with monkeypatch.context() as patched:
+        patched.setattr(house.service.hypervisor, "set_autostart", _down)
+        _lift(house)
+    await house.fence()
+    assert not house.service.fences.mend()
+    assert not (await _described(house)).autostart  # fenced
+    await house.ask(LiftFence(order=order(), vm_uuid=house.vm.uuid, restore_autostart=True))
+    assert (await _described(house)).autostart
+
+
+async def test_a_libvirt_that_answers_and_refuses_keeps_the_fence(
     house: AgentHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await house.fence()
 
-    def down(*_: object, **__: object) -> bool:
-        raise HypervisorUnreachable("Cannot connect to libvirt")
+    def refuses(*_: object, **__: object) -> bool:
+        raise HypervisorError("autostart cannot be set")
 
-    monkeypatch.setattr(house.service.hypervisor, "set_autostart", down)
-    with pytest.raises(HypervisorUnreachable):
+    monkeypatch.setattr(house.service.hypervisor, "set_autostart", refuses)
+    with pytest.raises(HypervisorError):
         _lift(house)
     assert house.service.fences.fence_of(house.vm.uuid) is not None
     assert is_locked(house.image)
