@@ -37,7 +37,7 @@ def leave_proof_out() -> None:
     """After this no pass of this process reads back what it wrote; everything is flushed as before."""
     from agent.sync import verification
 
-    def believe(_disk: Any, written: Any) -> int:
+    def believe(_disk: Any, written: Any, _rehash: Any = None) -> int:
         # What the pass books as proven must add up, or the pass would not be complete.
         return int(written.size_bytes)
 
