@@ -47,8 +47,7 @@ def kinds_pair(site: Site, name: str, cells: Sequence[tuple[str, str]]) -> Itera
             disks.diverge(after, "raw", seed=number)
             for side, (kind, content) in enumerate(((target, before), (source, after))):
                 path = stack.enter_context(disk_of(kind, content, folders[side], letter))
-                contents = "none" if number else "raw"
-                sides[side].append(LabDisk(letter, path, format_of(kind), contents))
+                sides[side].append(LabDisk(letter, path, format_of(kind), "none" if number else "raw"))
         # A monitor's socket stands beside the first disk: a file, not a device.
         original = site.define(site.production, name, sides[0], role="reader")
         replica = site.define(site.dr, f"{name}-replica", sides[1], role="writer")

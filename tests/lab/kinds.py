@@ -9,10 +9,8 @@ from pathlib import Path
 
 from tests.lab.disks import Format
 
-TARGET_KINDS = ("raw", "qcow2-v2", "qcow2-v3", "compressed", "clusters-512", "clusters-2m", "extended-l2") + (
-    "loop-512",
-    "loop-4096",
-)
+QCOW2_KINDS = ("qcow2-v2", "qcow2-v3", "compressed", "clusters-512", "clusters-2m", "extended-l2")
+TARGET_KINDS = ("raw", *QCOW2_KINDS, "loop-512", "loop-4096")
 """What can be written: one image without a backing file."""
 SOURCE_KINDS = (*TARGET_KINDS, "chain")
 OPTIONS = {
