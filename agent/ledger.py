@@ -62,12 +62,14 @@ R = TypeVar("R", FenceRecord, ConditionRecord)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectedImage:
-    """One disk of a protective snapshot of ours."""
+    """One disk of a protective snapshot of ours. `mode`: what the base's permission bits were before it was made
+    read-only as a restore point; None: it was not."""
 
     target: str
     base: Path
     base_format: str
     overlay: Path
+    mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

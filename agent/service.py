@@ -34,6 +34,7 @@ from agent.maps import MapDesk
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
 from agent.progress import ProgressDesk
+from agent.restore_points import RestorePointDesk
 from agent.sampling import sample_disk
 from agent.scratch import ScratchLimits
 from agent.sources import ViewDesk
@@ -61,7 +62,9 @@ from protocol.messages import (
     ForgetPair,
     HostDescription,
     InspectVm,
+    KeepRestorePoint,
     LiftFence,
+    MergeRestorePoint,
     OpenView,
     Order,
     OrderRequest,
@@ -103,7 +106,7 @@ TOOLS = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils"}
 ANSWER_S = 20.0
 """How long a question may wait for QEMU, which answers in milliseconds unless it is stopped or stuck."""
 
-ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, EndTracking, Protect, Unprotect)
+ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, EndTracking, Protect, Unprotect, MergeRestorePoint)
 """Orders that take away what a pass works on, or let a VM loose on it: nothing of it may still run by then."""
 
 
@@ -125,6 +128,7 @@ class AgentService:
         limits = ScratchLimits(used_percent=scratch.used_percent, reserve_bytes=scratch.reserve_mib << 20)
         self.views = ViewDesk(self.hypervisor, self.fences, self.config.runtime_dir, limits)
         self.tracking = TrackingDesk(self.hypervisor, self.fences, self.views, self.config.runtime_dir)
+        self.restore_points = RestorePointDesk(self.hypervisor, self.fences, self.ledger)
         self.progress = ProgressDesk(self.config.state_dir, self.fences)
         self.maps = MapDesk(self.config.state_dir, self.fences)
         self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder), self.maps)
@@ -232,6 +236,10 @@ class AgentService:
                 return await self._protect(request)
             case Unprotect():
                 return await self._unprotect(request)
+            case KeepRestorePoint():
+                return await self._keep_restore_point(request)
+            case MergeRestorePoint():
+                return await self._merge_restore_point(request)
             case AllowPass():
                 await self.passes.allow(request.order, request.grant)
                 return Done()
@@ -486,10 +494,35 @@ class AgentService:
                 Overlay(target=i.target, base=i.base, base_format=i.base_format, overlay=i.overlay) for i in images
             ]
             self.hypervisor.unprotect(uuid, snapshot, overlays)
+            self.restore_points.give_back(images)
             self.fences.refresh(uuid)
             self.ledger.drop_protection(uuid, snapshot)
 
         await self._blocking(unprotect)
+        return Done()
+
+    async def _keep_restore_point(self, request: KeepRestorePoint) -> Protected:
+        uuid, snapshot = request.vm_uuid, request.snapshot
+
+        def keep() -> ProtectionRecord:
+            self.fences.required(uuid, Side.REPLICA.value, request.order.pair)
+            return self.restore_points.keep(uuid, snapshot)
+
+        kept = await self.threads.on_libvirt(keep)
+        return Protected(
+            snapshot=snapshot,
+            disks=tuple(
+                ProtectedDisk(target=i.target, base=str(i.base), base_format=i.base_format, overlay=str(i.overlay))
+                for i in kept.images
+            ),
+        )
+
+    async def _merge_restore_point(self, request: MergeRestorePoint) -> Done:
+        def merge() -> None:
+            self.fences.required(request.vm_uuid, Side.REPLICA.value, request.order.pair)
+            self.restore_points.merge(request.vm_uuid, request.snapshot)
+
+        await self._blocking(merge)
         return Done()
 
 

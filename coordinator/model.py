@@ -96,6 +96,14 @@ class RestorePoint(enum.Enum):
     DROP = "drop"
 
 
+class Replication(enum.Enum):
+    """How the replica is kept up to date between failbacks, as a person said."""
+
+    UNKNOWN = "unknown"
+    DOMAIN = "domain"  # by a tool that asks libvirt where the disks are
+    PATH = "path"  # by a tool that writes the images at the paths they had
+
+
 class ShutdownPolicy(enum.Enum):
     """What to do with a replica that does not power off in time."""
 
@@ -327,3 +335,4 @@ class PairRequest:
     disks: tuple[DiskPair, ...] = ()
     excluded: tuple[str, ...] = ()
     in_failover: bool = False
+    replication: Replication | None = None  # None: not said, what was said before stays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.model import RestorePoint, RunLimits
+from coordinator.model import Replication, RestorePoint, RunLimits
 from protocol.messages import ByteRange, DiskTracking, PassKind, PassReport, Power, ViewedDisk
 
 
@@ -215,6 +215,31 @@ class RestorePointRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptDisk:
+    """One disk of a restore point: `old` is its read-only base, `new` is what the replica writes to from now on."""
+
+    target: str
+    old: str
+    old_format: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRecord:
+    """The protective snapshot that stays as a restore point."""
+
+    snapshot: str
+    disks: tuple[KeptDisk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicationRecord:
+    """How the pair is replicated, as a person said."""
+
+    replication: Replication
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedDisk:
     """One disk, compared whole. `differing`: where it differs, as many ranges as the agents told."""
 
@@ -269,6 +294,8 @@ Record = (
     | VerifyRecord
     | ReleaseRecord
     | RestorePointRecord
+    | KeptRecord
+    | ReplicationRecord
     | CheckRecord
     | MapsRecord
     | RunLimits

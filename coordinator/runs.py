@@ -12,7 +12,7 @@ from typing import Self
 
 import trio
 
-from coordinator import journal, pair_holder, registry, takeover
+from coordinator import journal, pair_holder, registry, restore_points, takeover
 from coordinator.agents import AgentDirectory, open_agents
 from coordinator.audit_wait import end_audit, have_audit
 from coordinator.called_off import check_word
@@ -35,6 +35,7 @@ from coordinator.pair_memory import remember_pair, seen_epoch
 from coordinator.pairlock import is_locked, pair_lock
 from coordinator.placed import PlacedAgents
 from coordinator.reports import ClosingReport, closing_report
+from coordinator.restore_points import RestorePointFacts
 from coordinator.rounds import is_pass
 from coordinator.runlog import RunLog
 from coordinator.samples import take_samples
@@ -131,6 +132,9 @@ class Coordinator:
         made = await self._db.write(
             lambda connection: takeover.register(connection, pair, author, in_failover=request.in_failover)
         )
+        said = request.replication
+        if said is not None:
+            await self._db.write(lambda connection: restore_points.say_replication(connection, made, author, said))
         await remember_pair(self.agents, made)
         return made
 
@@ -349,6 +353,9 @@ class Coordinator:
         done = await self._already(await self.get_pair(pair), State.READY, "committed")
         if done is not None:
             return done
+        if restore_point is RestorePoint.KEEP:
+            known = await self.get_pair(pair)
+            await self._db.read(lambda connection: restore_points.check_keep(connection, known))
         if wait_audit:
             await have_audit(self, pair, lambda: self._work(pair, Verb.RESUME, observer, stop), observer)
         return await end_audit(
@@ -382,6 +389,17 @@ class Coordinator:
         found = await self.get_pair(pair)
         check_verb(found, Verb.UNDO)
         return forecast(found, RunLog(await self.history(pair, found.run)), self.clock.wall_s())
+
+    async def restore_points(self, pair: str) -> tuple[RestorePointFacts, ...]:
+        """The restore points of the pair's replica, the oldest first."""
+        return await restore_points.list_restore_points(self.agents, self._db, await self.get_pair(pair))
+
+    async def prune_restore_points(self, pair: str, *, keep: int) -> tuple[str, ...]:
+        """Merge the oldest away until `keep` stand; see `coordinator.restore_points.prune`."""
+        found = await self.get_pair(pair)
+        await pair_holder.check_held(self.agents, found, self._place)
+        with pair_lock(self.config.state_dir, found.name):
+            return await restore_points.prune(self.agents, self._db, await self.get_pair(pair), self._author(), keep)
 
     async def backup(self, file: Path) -> None:
         """Copy registry and journal to a new file, as they are at one instant; see `Database.backup`."""

@@ -6,12 +6,12 @@ from coordinator.agents import ask
 from coordinator.context import RunContext
 from coordinator.hooks import Hook
 from coordinator.model import RestorePoint
-from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
+from coordinator.records import FenceRecord, HooksRecord, KeptDisk, KeptRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
-from protocol.messages import Done, LiftFence, Side, Unprotect
+from protocol.messages import Done, KeepRestorePoint, LiftFence, Protected, Side, Unprotect
 
 RESTORE_POINT = "restore_point"
 """Name of the note that says what commit was told to do."""
@@ -54,6 +54,33 @@ class ForgetRecords(Step):
         return Nothing()
 
 
+class MakeRestorePoint(Step):
+    """The protective snapshot stays: nobody writes to its bases any more, and people are told where the disks are."""
+
+    harmless = "what is read-only already stays so"
+    name = "keep_restore_point"
+    sentence = "keep the protective snapshot of the replica as a restore point"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only if that was chosen."""
+        chosen = context.log.note(RESTORE_POINT, RestorePointRecord)
+        return chosen is not None and chosen.restore_point is RestorePoint.KEEP
+
+    async def do(self, context: RunContext) -> KeptRecord:
+        """Make the bases read-only; say old and new path of every disk."""
+        order = KeepRestorePoint(order=context.order, vm_uuid=context.pair.replica.uuid, snapshot=context.snapshot)
+        kept = await ask(context.source, order, Protected)
+        disks = tuple(
+            KeptDisk(target=d.target, old=d.base, old_format=d.base_format, new=d.overlay) for d in kept.disks
+        )
+        for disk in disks:
+            await context.notice(
+                f"{context.pair.replica.name} {disk.target}: {disk.old} ({disk.old_format}, read-only from now on) → "
+                f"{disk.new} (qcow2)"
+            )
+        return KeptRecord(snapshot=kept.snapshot, disks=disks)
+
+
 class ReleaseReplica(Step):
     """The replica is a replica again."""
 
@@ -91,6 +118,7 @@ COMMIT_STEPS: tuple[Step, ...] = (
     EndAudit(),
     DropRestorePoint(),
     ForgetRecords(),
+    MakeRestorePoint(),
     ReleaseReplica(),
     ResumeReplication(),
 )

@@ -8,7 +8,7 @@ from coordinator.cli.parameters import DISK_MAPPING, PAIR, VM_PLACE
 from coordinator.cli.report_view import show_pair
 from coordinator.cli.session import Session
 from coordinator.cli.verb import verb
-from coordinator.model import DiskPair, Pair, PairRequest
+from coordinator.model import DiskPair, Pair, PairRequest, Replication
 from coordinator.runs import Coordinator
 from coordinator.states import allowed_verbs
 
@@ -32,6 +32,12 @@ from coordinator.states import allowed_verbs
     help="Leave this disk of either VM, or host device, out; what it holds stays as it is. May be repeated.",
 )
 @click.option(
+    "--replication",
+    type=click.Choice([kind.value for kind in Replication], case_sensitive=False),
+    help="How the replica is kept up to date: `path`, by a tool that writes its images at their paths (no restore "
+    "point is kept then), or `domain`, by one that asks libvirt where they are.",
+)
+@click.option(
     "--in-failover", is_flag=True, help="The replica has taken over already (proven: original off, replica on)."
 )
 @click.pass_obj
@@ -42,6 +48,7 @@ def command(
     replica: tuple[str, str],
     disks: tuple[DiskPair, ...],
     excluded: tuple[str, ...],
+    replication: str | None,
     in_failover: bool,
 ) -> None:
     """Take a VM and its replica into the registry as PAIR.
@@ -67,6 +74,7 @@ def command(
         disks=disks,
         excluded=excluded,
         in_failover=in_failover,
+        replication=None if replication is None else Replication(replication),
     )
 
     async def registering(coordinator: Coordinator) -> tuple[bool, Pair]:

@@ -54,7 +54,9 @@ from protocol.messages.orders import (
     EndTracking,
     Failure,
     FenceVm,
+    KeepRestorePoint,
     LiftFence,
+    MergeRestorePoint,
     OpenView,
     PoweredOff,
     PowerOff,
@@ -138,6 +140,8 @@ OrderRequest = (
     | EndTracking
     | Protect
     | Unprotect
+    | KeepRestorePoint
+    | MergeRestorePoint
     | AllowPass
     | RunPass
     | SetLimits
@@ -237,9 +241,11 @@ __all__ = [
     "HostDescription",
     "ImageDescription",
     "InspectVm",
+    "KeepRestorePoint",
     "LiftDescription",
     "LiftFence",
     "MappedDisk",
+    "MergeRestorePoint",
     "OnTimeout",
     "OpenView",
     "Order",

@@ -273,6 +273,27 @@ class Unprotect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeepRestorePoint:
+    """The protective snapshot of the shut-off, fenced replica stays: its bases become read-only until it goes."""
+
+    order: Order
+    vm_uuid: str
+    snapshot: str
+    reply: ClassVar[type] = Protected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRestorePoint:
+    """Merge the oldest restore point of the shut-off, fenced VM into its bases, and forget it. The disks read the same
+    before and after. Harmless when repeated, and after an attempt that was cut short."""
+
+    order: Order
+    vm_uuid: str
+    snapshot: str
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
     """Stop the request of that number; it is answered with a `Failure` of code ``cancelled``. Has no answer itself."""
 

@@ -47,8 +47,10 @@ from protocol.messages import (
     HostDescription,
     ImageDescription,
     InspectVm,
+    KeepRestorePoint,
     LiftDescription,
     LiftFence,
+    MergeRestorePoint,
     OnTimeout,
     OpenView,
     OrderRequest,
@@ -405,6 +407,17 @@ class World:
                     ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in request.targets
                 )
                 return Protected(snapshot=request.snapshot, disks=disks)
+            case KeepRestorePoint():
+                assert vm.is_off, "bases made read-only under a running VM"
+                disks = tuple(
+                    ProtectedDisk(target=t, base=f"/{t}", base_format="raw", overlay=f"/{t}.o") for t in vm.disks
+                )
+                return Protected(snapshot=request.snapshot, disks=disks)
+            case MergeRestorePoint():
+                assert vm.is_off, "merged under a running VM"
+                assert vm.fence is not None, "merged without a fence"
+                vm.snapshots.pop(request.snapshot, None)
+                return Done()
             case Unprotect():
                 assert vm.is_off, "snapshot dropped under a running VM"
                 vm.snapshots.pop(request.snapshot, None)

@@ -60,8 +60,8 @@ class LabVm:
 
 
 def monitor_of(images: Sequence[LabDisk]) -> Path:
-    """Where a VM's monitor is: beside its first disk, in a folder that QEMU's user may write to."""
-    return images[0].path.with_name("monitor")
+    """Where a VM's monitor is: beside its first disk that is a file, in a folder that QEMU's user may write to."""
+    return next(image.path for image in images if not image.path.is_block_device()).with_name("monitor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,8 @@ class Site:
             folders.append(folder)
         original_disks = disks.make_set(folders[0], formats, size_bytes, seed=seed)
         replica_disks = disks.copy_set(original_disks, folders[1])
-        original = self._define(self.production, name, original_disks, role=original_role)
-        replica = self._define(self.dr, f"{name}-replica", replica_disks, role=replica_role, ignore_acpi=ignore_acpi)
+        original = self.define(self.production, name, original_disks, role=original_role)
+        replica = self.define(self.dr, f"{name}-replica", replica_disks, role=replica_role, ignore_acpi=ignore_acpi)
         pair = LabPair(name, original, replica)
         self.failback("register", name, "--original", f"prod/{name}", "--replica", f"dr/{name}-replica")
         if failed_over:
@@ -169,9 +169,10 @@ class Site:
             self.failback("failover", name)
         return pair
 
-    def _define(
+    def define(
         self, host: PrivateHost, name: str, images: Sequence[LabDisk], *, role: Role, ignore_acpi: bool = False
     ) -> LabVm:
+        """Define a VM with these disks, which exist; it is off."""
         log = host.images / f"{name}.console"
         xml = domain_xml(
             name,
