@@ -9,6 +9,7 @@ from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
+from coordinator.steps_machine import ForgetMachine
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, LiftFence, Side, Unprotect
@@ -91,6 +92,7 @@ COMMIT_STEPS: tuple[Step, ...] = (
     EndAudit(),
     DropRestorePoint(),
     ForgetRecords(),
+    ForgetMachine(),
     ReleaseReplica(),
     ResumeReplication(),
 )

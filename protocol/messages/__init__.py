@@ -44,6 +44,26 @@ from protocol.messages.health import (
     RemnantKind,
     VmName,
 )
+from protocol.messages.machine import (
+    ChangeDefinition,
+    CreateDisk,
+    DefinitionChange,
+    DescribeMachine,
+    DiskCreated,
+    KeepMachine,
+    ListState,
+    MachineDescription,
+    MachineShare,
+    PlaceState,
+    ReadState,
+    RestoreMachine,
+    StateChunk,
+    StateFile,
+    StateFiles,
+    StateKind,
+    StatePart,
+    WriteState,
+)
 from protocol.messages.orders import (
     AskWritten,
     Cancel,
@@ -123,8 +143,22 @@ PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
 Question = (
-    DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings | AskAuthority
+    DescribeHost
+    | InspectVm
+    | AskPower
+    | AskEvidence
+    | AskWritten
+    | SampleBlocks
+    | Ping
+    | AskHoldings
+    | AskAuthority
+    | DescribeMachine
 )
+MachineOrder = (
+    ListState | ReadState | WriteState | PlaceState | ChangeDefinition | CreateDisk | RestoreMachine | KeepMachine
+)
+"""Orders about what of a VM is no disk."""
+
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -145,6 +179,7 @@ OrderRequest = (
     | RememberPair
     | CleanLeftovers
     | ForgetPair
+    | MachineOrder
 )
 Request = Question | OrderRequest
 Reply = (
@@ -164,6 +199,10 @@ Reply = (
     | PassReport
     | Holdings
     | Cleaned
+    | MachineDescription
+    | StateFiles
+    | StateChunk
+    | DiskCreated
 )
 ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
 
@@ -199,6 +238,7 @@ __all__ = [
     "BulkWelcome",
     "ByteRange",
     "Cancel",
+    "ChangeDefinition",
     "CleanLeftovers",
     "Cleaned",
     "CloseView",
@@ -206,9 +246,13 @@ __all__ = [
     "CompareSpan",
     "Condition",
     "ControlMessage",
+    "CreateDisk",
     "Credit",
+    "DefinitionChange",
     "DescribeHost",
+    "DescribeMachine",
     "Direction",
+    "DiskCreated",
     "DiskDescription",
     "DiskProgress",
     "DiskReport",
@@ -237,8 +281,13 @@ __all__ = [
     "HostDescription",
     "ImageDescription",
     "InspectVm",
+    "KeepMachine",
     "LiftDescription",
     "LiftFence",
+    "ListState",
+    "MachineDescription",
+    "MachineOrder",
+    "MachineShare",
     "MappedDisk",
     "OnTimeout",
     "OpenView",
@@ -252,6 +301,7 @@ __all__ = [
     "PassReport",
     "PassVerified",
     "Ping",
+    "PlaceState",
     "Pong",
     "Power",
     "PowerAnswer",
@@ -263,12 +313,14 @@ __all__ = [
     "ProtectedDisk",
     "ProvenRanges",
     "Question",
+    "ReadState",
     "ReadTracking",
     "RememberPair",
     "Remnant",
     "RemnantKind",
     "Reply",
     "Request",
+    "RestoreMachine",
     "Role",
     "RunPass",
     "SampleBlocks",
@@ -278,6 +330,11 @@ __all__ = [
     "SnapshotDescription",
     "SpanAnswer",
     "SpansSettled",
+    "StateChunk",
+    "StateFile",
+    "StateFiles",
+    "StateKind",
+    "StatePart",
     "TakePair",
     "TargetEvidence",
     "TrackedSpan",
@@ -290,5 +347,6 @@ __all__ = [
     "VmDescription",
     "VmName",
     "Welcome",
+    "WriteState",
     "ZeroRanges",
 ]
