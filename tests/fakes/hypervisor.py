@@ -122,7 +122,7 @@ class FakeDomain:
     agent_hangs: bool = False
     frozen: bool = False
     stalled: bool = False
-    hardware: str = "<memory unit='KiB'>131072</memory><vcpu>1</vcpu>"  # of its definition, beside disks and NICs
+    hardware: str = '<memory unit="KiB">131072</memory><vcpu>1</vcpu>'  # of its definition, beside disks and NICs
     nics: str = ""
     password: str = ""  # of its console: told only with the secrets
     state_places: tuple[StatePlace, ...] = ()
