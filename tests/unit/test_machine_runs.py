@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,21 @@ import pytest
 from coordinator.errors import AgentRefused, ExitCode
 from coordinator.events import Event, Notice
 from coordinator.model import DiskPair, RestorePoint, RunOptions, State
-from protocol.messages import KeepMachine, MachineOrder, PlaceState, PowerOn, Request, RestoreMachine, Side, StateKind
+from coordinator.states import Verb
+from protocol.messages import (
+    KeepMachine,
+    MachineOrder,
+    PlaceState,
+    PowerOn,
+    Request,
+    RestoreMachine,
+    Side,
+    StateKind,
+    Tracking,
+)
 from tests.fakes.agent import World, unreachable
 from tests.unit.coordinator_house import PAIR, House
+from tests.unit.test_crashes import Act, check_end, finish, killed_in, pair_of, run, undo
 
 NVRAM, TPM = (StateKind.NVRAM, "vars"), (StateKind.TPM, "tpm2-00.permall")
 NIC = "<interface type='network'><mac address='52:54:00:00:00:09'/><source network='default'/></interface>"
@@ -169,3 +182,36 @@ class TestTakingBack:
         restored = [request for _, request in house.world.orders if isinstance(request, RestoreMachine)]
         assert len({request.order.run for request in restored}) == 2
         assert not any(isinstance(request, KeepMachine) for _, request in house.world.orders)
+
+
+WAYS = [
+    pytest.param(run, (), Verb.RESUME, id="run-resume"),
+    pytest.param(run, (), Verb.CANCEL, id="run-cancel"),
+    pytest.param(undo, (run,), Verb.RESUME, id="undo-resume"),
+]
+
+
+@pytest.mark.parametrize(("act", "before", "verb"), WAYS)
+async def test_killed_anywhere_the_original_has_all_of_the_old_or_all_of_the_new(
+    memory_folder: Path, act: Act, before: tuple[Act, ...], verb: Verb
+) -> None:
+    start = House(memory_folder / "start")
+    await start.register()
+    machines(start.world)
+    async with start.process() as coordinator:
+        await coordinator.start_run(PAIR, replace(WHOLE, audit=False, track=Tracking.NONE))
+        for each in before:
+            await each(coordinator)
+    for house in (await killed_in(act, start, memory_folder))[::2]:
+        await finish(house, verb)
+        check_end(house)
+        pair = pair_of(house)
+        if pair.state is State.FAILOVER:
+            assert_as_before(house.world)
+            assert len(pair.disks) == 2
+        else:
+            assert house.world.original.machine.state == NEW
+            assert house.world.original.machine.memory_kib == 4096
+            assert len(pair.disks) == 3
+            kept = house.world.original.machine.old_state is not None
+            assert kept is (pair.state is State.FAILBACK)
