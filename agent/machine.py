@@ -20,6 +20,8 @@ from agent.errors import Forbidden, HypervisorError
 from agent.fences import Fenced, FenceKeeper
 from agent.machine_book import KeptState, MachineBook, MachineRecord, MadeDisk
 from agent.machine_files import StateError
+from agent.maps import MapDesk
+from agent.sync.map_file import remove_map
 from agent.virt.definition_edit import add_disk, apply_changes, remove_disk
 from agent.virt.names import ImageRef
 from agent.virt.seam import Domain, Hypervisor, PowerState, SourceKind, StatePlace, StateRole
@@ -66,6 +68,7 @@ class MachineDesk:
     hypervisor: Hypervisor
     fences: FenceKeeper
     book: MachineBook
+    maps: MapDesk
     staging: Path
 
     def describe(self, vm_uuid: str) -> MachineDescription:
@@ -301,6 +304,7 @@ class MachineDesk:
                 self.hypervisor.define(record.vm_uuid, without)
             try:
                 disk.path.unlink(missing_ok=True)
+                remove_map(self.maps.path_of(record.vm_uuid, disk.target))
             except OSError as error:
                 raise HypervisorError(
                     f"{disk.path} cannot be removed: {error.strerror}.", path=str(disk.path)

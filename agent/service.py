@@ -153,10 +153,8 @@ class AgentService:
             self.maps,
             self.progress,
         )
-        folder = self.ledger.folder
-        self.machine = MachineDesk(
-            self.hypervisor, self.fences, MachineBook(folder / "machines"), folder / "machines" / "arriving"
-        )
+        folder = self.ledger.folder / "machines"
+        self.machine = MachineDesk(self.hypervisor, self.fences, MachineBook(folder), self.maps, folder / "arriving")
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
     def authority_is_current(self, order: Order) -> bool:

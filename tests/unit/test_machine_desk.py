@@ -384,10 +384,14 @@ async def test_a_created_disk_that_is_fenced_is_removed_and_nothing_else(house: 
     assert isinstance(made, DiskCreated)
     await house.ask(FenceVm(order=order(), vm_uuid=house.vm.uuid, side=Side.ORIGINAL, targets=("vda", "vdb")))
     assert is_locked(Path(made.path))
+    seen = house.service.maps.path_of(house.vm.uuid, "vdb")
+    seen.parent.mkdir(exist_ok=True)
+    seen.touch()
     for _ in range(2):
         await restore(house, MachineShare.DISKS)
         assert house.service.hypervisor.definition(house.vm.uuid, secrets=True) == before
         assert {path.name for path in house.folder.iterdir()} == there
+    assert not seen.exists(), "what was known of the disk goes with it"
     assert is_locked(house.image)
     fence = house.service.fences.fence_of(house.vm.uuid)
     assert fence is not None
