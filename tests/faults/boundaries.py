@@ -53,8 +53,8 @@ class Boundary:
 
 
 WHOLE_MACHINE = frozenset((MAP_MISSING, CREATE_MISSING, APPLY_CONFIG, CARRY_STATE, "keep_machine"))
-"""Steps that a pair with BIOS, equal definitions and equal disks does not need: ``tests/unit/test_machine_runs.py`` strikes
-at both sides of them."""
+"""Steps that a pair with BIOS, equal definitions and equal disks does not need: ``tests/unit/test_machine_runs.py``
+strikes at both sides of them."""
 
 
 def of_the_pair(steps: Iterable[Step]) -> tuple[Step, ...]:
