@@ -228,6 +228,14 @@ class FenceKeeper:
             self._take(fresh, fence)
             return fresh
 
+    def forget_disks(self, vm_uuid: str, targets: Sequence[str]) -> None:
+        """Let go of these disks of the VM, which are about to be removed; harmless where they are not fenced."""
+        with self._turn(vm_uuid):
+            fence = self.ledger.fence(vm_uuid)
+            if fence is not None:
+                kept = tuple(image for image in fence.images if image.target not in targets)
+                self._take(replace(fence, images=kept), fence)
+
     def lift(self, vm_uuid: str, *, pair: str, restore_autostart: bool, autostart: bool | None = None) -> None:
         """Release the locks and forget the fence; harmless when there is none.
 

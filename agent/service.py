@@ -30,6 +30,8 @@ from agent.fence_install import hook_state
 from agent.fences import Fenced, FenceKeeper, Torn
 from agent.holdings import HoldingsDesk
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
+from agent.machine import MachineDesk
+from agent.machine_book import MachineBook
 from agent.maps import MapDesk
 from agent.passes import PassDesk
 from agent.passrun import PassRunner
@@ -53,6 +55,7 @@ from protocol.messages import (
     CleanLeftovers,
     CloseView,
     DescribeHost,
+    DescribeMachine,
     Done,
     DropCheckpoints,
     EndTracking,
@@ -65,6 +68,7 @@ from protocol.messages import (
     KeepRestorePoint,
     LiftFence,
     MergeRestorePoint,
+    MachineOrder,
     OpenView,
     Order,
     OrderRequest,
@@ -153,6 +157,8 @@ class AgentService:
             self.maps,
             self.progress,
         )
+        folder = self.ledger.folder / "machines"
+        self.machine = MachineDesk(self.hypervisor, self.fences, MachineBook(folder), self.maps, folder / "arriving")
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
     def authority_is_current(self, order: Order) -> bool:
@@ -174,6 +180,8 @@ class AgentService:
                 return await self._inspect(request.vm)
             case AskPower():
                 return await self._ask_power(request.vm_uuid)
+            case DescribeMachine():
+                return await self._asked(request.vm_uuid, lambda: self.machine.describe(request.vm_uuid))
             case AskAuthority():
                 return self.authority.describe(request, peer)
             case AskEvidence():
@@ -203,6 +211,8 @@ class AgentService:
             self.authority.check_vm(request, self.fences.fence_of(vm_of(request)))
             if isinstance(request, ENDS_THE_PASS):
                 await self.passes.end(request.order.pair)
+            if isinstance(request, MachineOrder):
+                return await self.threads.on_libvirt(lambda: self.machine.obey(request))
             return await self._obey(request)
 
     async def _obey(self, request: Request) -> Reply:
@@ -384,6 +394,8 @@ class AgentService:
         order = request.order
 
         def fence() -> FenceDescription | None:
+            if request.side is Side.ORIGINAL:
+                self.machine.settle(order, request.vm_uuid)
             self.fences.fence(
                 request.vm_uuid, pair=order.pair, run=order.run, side=request.side.value, targets=request.targets
             )

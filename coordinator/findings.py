@@ -13,6 +13,7 @@ from protocol.messages import (
     BlockSamples,
     DiskDescription,
     HostDescription,
+    MachineDescription,
     Power,
     PowerAnswer,
     Side,
@@ -53,12 +54,14 @@ def clause(sentence: str) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideFindings:
     """One side. `vm` is None where the host could not be asked; `power` is None where it was not asked; `evidence` is
-    what its agent has on record of the disks of an original that it fences."""
+    what its agent has on record of the disks of an original that it fences; `machine`: what it says of the VM beside
+    its disks."""
 
     host: HostDescription | Problem
     vm: VmDescription | Problem | None
     power: PowerAnswer | None = None
     evidence: tuple[TargetEvidence, ...] = ()
+    machine: MachineDescription | Problem | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +131,12 @@ class DiskCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Everything a refusal may look at."""
+    """Everything a refusal may look at. `created`: those disks of the pair that the run is to create."""
 
     pair: Pair
     findings: Findings
     options: RunOptions
+    created: tuple[DiskPair, ...] = ()
 
     def host(self, side: Side) -> HostDescription | Problem:
         """What that side's agent said of its host."""

@@ -192,6 +192,8 @@ class RunOptions:
         verify_full: read both sides' storage whole before the original may start.
         audit: read the frozen replica whole after the switchover and compare it with what the original started from.
         on_failure: roll a failed switchover back, or wait for a person.
+        apply_config: make of the original's definition what the replica's says, as far as that can be applied.
+        create_missing: create the disks that the original lacks.
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
     """
 
@@ -213,6 +215,8 @@ class RunOptions:
     audit: bool = True
     discard_divergence: bool = False
     on_failure: OnFailure = OnFailure.ROLLBACK
+    apply_config: bool = False
+    create_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,6 +313,16 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedDifference:
+    """One thing in which the two definitions differ. `action`: what becomes of it, for people."""
+
+    what: str
+    original: str
+    replica: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run would do, refuse and cost, computed without changing anything."""
 
@@ -319,6 +333,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     estimate: Estimate | None = None
     rooms: tuple[Room, ...] = ()
+    differences: tuple[PlannedDifference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from coordinator.divergence import divergence_notes
 from coordinator.estimates import estimate, last_rung
 from coordinator.evidence import HAS_BITMAPS
 from coordinator.findings import Case, DiskCase, Findings
+from coordinator.machine import missing_disks
 from coordinator.model import LateEvidence, Pair, Plan, PlannedDisk, RunOptions
 from coordinator.planned_steps import is_off, planned_steps, power_of
 from coordinator.refusals import find_refusals
+from coordinator.refusals_machine import planned_differences
 from coordinator.rooms import rooms
 from coordinator.steps_sync import lifted_words
 from protocol.messages import Condition, Power, Side, Tracking
@@ -34,7 +37,7 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         findings: what both agents said, or why they did not.
         options: what the administrator chose.
     """
-    case = Case(pair=pair, findings=findings, options=options)
+    case = _case(pair, findings, options)
     return Plan(
         pair=pair.name,
         refusals=find_refusals(case),
@@ -43,7 +46,18 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         notes=(*divergence_notes(case), *_notes(case)),
         estimate=estimate(case),
         rooms=rooms(case),
+        differences=tuple(planned_differences(case)),
     )
+
+
+def _case(pair: Pair, findings: Findings, options: RunOptions) -> Case:
+    """With `options.create_missing` the disks that the original lacks are in the pair, as they will be in the run."""
+    case = Case(pair=pair, findings=findings, options=options)
+    original, replica = case.vm(Side.ORIGINAL), case.vm(Side.REPLICA)
+    if not options.create_missing or original is None or replica is None:
+        return case
+    created = missing_disks(pair.disks, pair.excluded, original.vm, replica.vm)
+    return replace(case, pair=replace(pair, disks=(*pair.disks, *created)), created=created)
 
 
 def _planned(case: Case, original: DiskCase, replica: DiskCase) -> PlannedDisk:

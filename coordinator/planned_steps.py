@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.findings import Case
+from coordinator.machine import carries_state
 from coordinator.model import OnFailure, RunOptions, ShutdownPolicy, SwitchPolicy
 from coordinator.timing import LATEST_S, moment
 from protocol.messages import Power, Side, Tracking
@@ -16,10 +17,17 @@ def planned_steps(case: Case) -> Iterator[str]:
     yield "put the pair's replication on hold: the executables in hooks.d/hold, each exit code obeyed"
     if power_of(case, Side.ORIGINAL) is Power.RUNNING and options.power_off_original:
         yield f"power off the original {original.name} on {original.host}"
+    if case.created:
+        names = ", ".join(disk.original for disk in case.created)
+        yield f"create the missing disk {names} of the original, sparse, beside its first disk (--create-missing)"
     yield f"fence the original {original.name}: its autostart off, its images locked"
     yield from _off(case) if is_off(case) else _serving(case)
     if options.verify_full:
         yield "read both sides' storage whole and compare, while nobody is served (--verify full)"
+    if options.apply_config:
+        yield "apply what differs in the replica's definition to the original's, whose old one is kept (--apply-config)"
+    if carries_state(*(vm.vm for vm in case.vms())):
+        yield "carry the replica's firmware variables and TPM state to the original, the old ones kept; compare them"
     if options.power_on:
         yield f"point of no return: lift the original's fence and power {original.name} on"
     else:

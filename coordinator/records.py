@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.model import Replication, RestorePoint, RunLimits
+from coordinator.model import DiskPair, Replication, RestorePoint, RunLimits
 from protocol.messages import ByteRange, DiskTracking, PassKind, PassReport, Power, ViewedDisk
 
 
@@ -26,7 +26,8 @@ class DiskSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurveyRecord:
-    """Both sides as the run found them. Fingerprints are those of the agents' certificates."""
+    """Both sides as the run found them. Fingerprints are those of the agents' certificates; `carries_state`: a VM has
+    firmware variables or a TPM."""
 
     original_power: Power
     replica_power: Power
@@ -34,6 +35,7 @@ class SurveyRecord:
     replica_fingerprint: str
     bulk_port: int
     disks: tuple[DiskSizes, ...]
+    carries_state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +284,34 @@ class MapsRecord:
     why_not: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingRecord:
+    """The disks that the original lacks and this run creates."""
+
+    disks: tuple[DiskPair, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreatedRecord:
+    """They were created there."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigRecord:
+    """What was applied to the original's definition, in words."""
+
+    applied: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRecord:
+    """The files that were carried: kind and name, size in bytes, BLAKE3."""
+
+    files: tuple[str, ...]
+
+
 Record = (
     Nothing
     | SurveyRecord
@@ -305,4 +335,8 @@ Record = (
     | SwitchOrder
     | Waiting
     | Prediction
+    | MissingRecord
+    | CreatedRecord
+    | ConfigRecord
+    | StateRecord
 )

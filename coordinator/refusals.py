@@ -2,7 +2,7 @@
 
 A rule looks at the whole case and yields what it objects to as (thing, sentence); the sentence names the thing, the
 cause and the cure. All rules run; nothing stops at the first objection. The rules about the VMs stand in
-`coordinator.refusals_vm`, those about single disks in `coordinator.refusals_disk`.
+`coordinator.refusals_vm` and `coordinator.refusals_machine`, those about single disks in `coordinator.refusals_disk`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from coordinator import divergence, refusals_disk, refusals_vm, rooms
+from coordinator import divergence, refusals_disk, refusals_machine, refusals_vm, rooms
 from coordinator.findings import SIDES, VERSION, Case, Problem, clause
 from coordinator.model import Refusal, State
 from coordinator.states import TABLE
@@ -129,13 +129,18 @@ RULES: tuple[Rule, ...] = (
     Rule("foreign-checkpoint", refusals_vm.foreign_checkpoint),
     Rule("user-snapshot", refusals_vm.user_snapshot),
     Rule("passthrough", refusals_vm.passthrough),
-    Rule("uefi", refusals_vm.uefi),
-    Rule("tpm", refusals_vm.tpm),
+    Rule("machine-not-told", refusals_machine.machine_not_told),
+    Rule("firmware-differs", refusals_machine.firmware_differs),
+    Rule("tpm-differs", refusals_machine.tpm_differs),
+    Rule("state-not-carried", refusals_machine.state_not_carried),
+    Rule("machine-tool-missing", refusals_machine.machine_tool_missing),
+    Rule("network-missing", refusals_machine.network_missing),
     Rule("fenced-elsewhere", refusals_vm.fenced_elsewhere),
     Rule("image-held", refusals_vm.image_held),
     Rule("lock-lost", refusals_vm.lock_lost),
     Rule("disk-missing", refusals_disk.disk_missing),
     Rule("disk-not-mapped", refusals_disk.disk_not_mapped),
+    Rule("cannot-create-disk", refusals_machine.cannot_create_disk),
     Rule("disk-shared-between-sides", refusals_disk.chains_share_an_image),
     Rule("disk-kind", refusals_disk.kind_not_supported),
     Rule("disk-shareable", refusals_disk.shareable),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from coordinator.cures import register_again
-from coordinator.findings import Case, DiskCase, clause, target_at
+from coordinator.findings import Case, DiskCase, VmCase, clause, target_at
 from protocol.messages import DiskDescription, ImageDescription, Power, Side
 
 Objection = tuple[str, str]
@@ -40,7 +40,7 @@ def disk_missing(case: Case) -> Iterator[Objection]:
     for vm in case.vms():
         for disks in case.pair.disks:
             target = target_at(disks, vm.side)
-            if vm.disk(target) is None:
+            if vm.disk(target) is None and not (vm.side is Side.ORIGINAL and disks in case.created):
                 yield (
                     f"{vm.ref.name} {target}",
                     f"The {vm.title} has no disk {target} any more though the pair maps it; attach it again, or leave "
@@ -57,8 +57,12 @@ def disk_not_mapped(case: Case) -> Iterator[Objection]:
                     f"{vm.ref.name} {disk.target}",
                     f"The {vm.title} has a disk {disk.target} that the pair does not map; register the pair again, "
                     "with --disk ORIGINAL=REPLICA for every disk, or leave this one out: "
-                    f"`{register_again(case, leave_out=disk.target)}`.",
+                    f"`{register_again(case, leave_out=disk.target)}`{_or_create(vm)}.",
                 )
+
+
+def _or_create(vm: VmCase) -> str:
+    return "; or let the run create it at the original (--create-missing)" if vm.side is Side.REPLICA else ""
 
 
 def chains_share_an_image(case: Case) -> Iterator[Objection]:

@@ -173,27 +173,6 @@ def passthrough(case: Case) -> Iterator[Objection]:
                 )
 
 
-def uefi(case: Case) -> Iterator[Objection]:
-    for vm in case.vms():
-        if vm.vm.firmware != "bios":
-            yield (
-                vm.ref.name,
-                f"The {vm.title} boots with {vm.vm.firmware.upper()} firmware, whose variables this version does not "
-                "carry over; fail back only VMs with BIOS firmware for now.",
-            )
-
-
-def tpm(case: Case) -> Iterator[Objection]:
-    for vm in case.vms():
-        if vm.vm.has_tpm:
-            yield (
-                vm.ref.name,
-                f"The {vm.title} has a TPM, whose state this version does not carry over; remove it from the VM, "
-                "or fail "
-                "back only VMs without one for now.",
-            )
-
-
 def fenced_elsewhere(case: Case) -> Iterator[Objection]:
     for vm in case.vms():
         fence = vm.vm.fence

@@ -100,6 +100,12 @@ def set_flag(connection: Connection, name: str, epoch: int, flag: OriginalFlag) 
     _set(connection, name, condition=flag.condition, condition_view=flag.view)
 
 
+def set_disks(connection: Connection, name: str, epoch: int, disks: tuple[DiskPair, ...]) -> None:
+    """Write how the disks of original and replica belong together."""
+    check_epoch(connection, name, epoch)
+    _set(connection, name, disks=to_json(disks))
+
+
 def set_newest(connection: Connection, name: str, epoch: int, newest: Newest) -> None:
     """Say which side holds the newest data."""
     check_epoch(connection, name, epoch)

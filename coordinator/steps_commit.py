@@ -9,6 +9,7 @@ from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, KeptDisk, KeptRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
+from coordinator.steps_machine import ForgetMachine
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, KeepRestorePoint, LiftFence, Protected, Side, Unprotect
@@ -119,6 +120,7 @@ COMMIT_STEPS: tuple[Step, ...] = (
     DropRestorePoint(),
     ForgetRecords(),
     MakeRestorePoint(),
+    ForgetMachine(),
     ReleaseReplica(),
     ResumeReplication(),
 )

@@ -38,6 +38,7 @@ from coordinator.steps import (
     unclear,
 )
 from coordinator.steps_check import RememberMaps, VerifyFull, require_untouched
+from coordinator.steps_machine import ApplyConfig, CarryState, prove_state
 from coordinator.steps_records import DropLastCheckpoints, ReadRecords
 from coordinator.steps_round import ViewStep
 from coordinator.steps_sync import READ_TRACKING, found_off, power_off
@@ -115,6 +116,7 @@ async def prove_verified(context: RunContext) -> str:
         )
     await prove_off(context, Side.REPLICA)
     await take_fence(context, Side.REPLICA)
+    await prove_state(context)
     return final.view
 
 
@@ -376,6 +378,8 @@ SWITCH_STEPS: tuple[Step, ...] = (
     LastPass(),
     VerifyFull(),
     CloseLastView(),
+    ApplyConfig(),
+    CarryState(),
     Verify(),
     RememberMaps(),
     LiftOriginalFence(),

@@ -13,6 +13,7 @@ from coordinator.context import SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
+from coordinator.machine import carries_state
 from coordinator.pair_memory import remember_pair
 from coordinator.plain import from_json
 from coordinator.records import (
@@ -40,6 +41,7 @@ from coordinator.steps import (
     settle_flag,
     take_fence,
 )
+from coordinator.steps_machine import CreateMissing, MapMissing, missing_in
 from protocol.messages import (
     Condition,
     DescribeHost,
@@ -105,6 +107,7 @@ class Survey(Step):
             disks=tuple(
                 self._sizes(context, disk.original, original, disk.replica, replica) for disk in context.pair.disks
             ),
+            carries_state=carries_state(original, replica),
         )
 
     def _ask_if_it_stopped(self, context: RunContext, power: Power) -> None:
@@ -115,8 +118,9 @@ class Survey(Step):
     def _sizes(
         self, context: RunContext, original: str, production: VmDescription, replica: str, dr: VmDescription
     ) -> DiskSizes:
-        target = _size(production, original, context.target.host)
         source = _size(dr, replica, context.source.host)
+        missing = {disk.original for disk in missing_in(context)} - {disk.target for disk in production.disks}
+        target = source if original in missing else _size(production, original, context.target.host)
         if target < source or (target > source and not context.options.allow_larger_target):
             raise StepFailed(
                 f"the disk {original} of the original has {target} bytes, {replica} of the replica {source}: they were "
@@ -326,9 +330,11 @@ class ClearTracking(Step):
 
 
 SYNC_STEPS: tuple[Step, ...] = (
+    MapMissing(),
     Survey(),
     HoldReplication(),
     OriginalOff(),
+    CreateMissing(),
     FenceOriginal(),
     ClearTracking(),
 )

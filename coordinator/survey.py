@@ -12,6 +12,7 @@ from coordinator.clock import Clock, SystemClock
 from coordinator.entries import EntryKind, JournalEntry
 from coordinator.errors import AgentRefused, HostUnreachable, UsageError
 from coordinator.findings import NO_VM, VERSION, Findings, Problem, SideFindings
+from coordinator.machine import describe
 from coordinator.model import Pair, State, VmRef
 from protocol.errors import PeerEnded
 from protocol.messages import (
@@ -21,6 +22,7 @@ from protocol.messages import (
     Evidence,
     HostDescription,
     InspectVm,
+    MachineDescription,
     PowerAnswer,
     TargetEvidence,
     VmDescription,
@@ -84,7 +86,8 @@ async def survey_side(agent: Agent, ref: VmRef, *, fenced_targets: tuple[str, ..
     power = None if isinstance(vm, Problem) else await _power(agent, vm.uuid)
     fenced = isinstance(vm, VmDescription) and vm.fence is not None
     evidence = await _evidence(agent, ref.uuid, fenced_targets) if fenced and fenced_targets else ()
-    return SideFindings(host=host, vm=vm, power=power, evidence=evidence)
+    machine = None if isinstance(vm, Problem) else await _machine(agent, vm.uuid)
+    return SideFindings(host=host, vm=vm, power=power, evidence=evidence, machine=machine)
 
 
 def failover_since(history: Iterable[JournalEntry]) -> float | None:
@@ -112,6 +115,13 @@ async def _power(agent: Agent, uuid: str) -> PowerAnswer | None:
         return await ask(agent, AskPower(vm_uuid=uuid), PowerAnswer, timeout_s=QUESTION_TIMEOUT_S)
     except (HostUnreachable, AgentRefused):
         return None
+
+
+async def _machine(agent: Agent, uuid: str) -> MachineDescription | Problem:
+    try:
+        return await describe(agent, uuid)
+    except (HostUnreachable, AgentRefused) as error:
+        return Problem(code=error.code, sentence=error.sentence)
 
 
 async def _evidence(agent: Agent, uuid: str, targets: tuple[str, ...]) -> tuple[TargetEvidence, ...]:

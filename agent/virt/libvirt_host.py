@@ -11,7 +11,7 @@ from typing import Any
 import libvirt
 
 from agent.errors import HypervisorError, NoSuchDomain
-from agent.virt import checkpoints, guest_agent, inspection, overlays, protection, views
+from agent.virt import checkpoints, guest_agent, inspection, machine, overlays, protection, views
 from agent.virt.connection import Connection, errors_of
 from agent.virt.places import Places, lib_dir_of, log_and_run_dir_of
 from agent.virt.seam import (
@@ -21,6 +21,7 @@ from agent.virt.seam import (
     HostFacts,
     Overlay,
     PowerState,
+    StatePlace,
     TrackOverlay,
     View,
 )
@@ -265,6 +266,27 @@ class LibvirtHost:
     def forget_overlays(self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay) -> None:
         """See `agent.virt.seam.Hypervisor.forget_overlays`."""
         overlays.forget_overlays(self._connection.domain(uuid), paths, into, disk)
+
+    def definition(self, uuid: str, *, secrets: bool = False) -> str:
+        """See `agent.virt.seam.Hypervisor.definition`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("reading its definition", domain.name()):
+            return machine.definition(domain, secrets=secrets)
+
+    def define(self, uuid: str, xml: str) -> str:
+        """See `agent.virt.seam.Hypervisor.define`."""
+        return machine.define(self._connection.domain(uuid), xml)
+
+    def state_places(self, uuid: str) -> tuple[StatePlace, ...]:
+        """See `agent.virt.seam.Hypervisor.state_places`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("reading its definition", domain.name()):
+            return machine.state_places(domain, self._places)
+
+    def networks(self) -> tuple[str, ...]:
+        """See `agent.virt.seam.Hypervisor.networks`."""
+        found: tuple[str, ...] = self._connection.ask(machine.networks, "listing its networks", "-")
+        return found
 
     def close(self) -> None:
         """See `agent.virt.seam.Hypervisor.close`."""

@@ -186,6 +186,24 @@ class Overlay:
     overlay: Path
 
 
+class StateRole(enum.Enum):
+    """State of a domain that is no disk."""
+
+    NVRAM = "nvram"  # one file: the variables of UEFI firmware
+    TPM = "tpm"  # one folder: what swtpm keeps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePlace:
+    """Where such state is kept: `path` may not be there yet. `format`: of the file, or the version of the TPM;
+    `problem`: why it cannot be carried to another host, a sentence without its end, or empty."""
+
+    role: StateRole
+    path: Path
+    format: str
+    problem: str = ""
+
+
 NO_EARLIER_VIEW: Mapping[str, EarlierView] = {}
 
 
@@ -343,6 +361,18 @@ class Hypervisor(Protocol):
     def forget_overlays(self, uuid: str, paths: Sequence[Path], into: Path, disk: TrackOverlay) -> None:
         """Let the shut-off domain's disk stand on `into` instead of on `paths`, whose content the caller has put
         there; where a protective snapshot of ours stands on them, its metadata say so too. Harmless when repeated."""
+
+    def definition(self, uuid: str, *, secrets: bool = False) -> str:
+        """The persistent definition, libvirt's XML; with `secrets`, as `define` needs it."""
+
+    def define(self, uuid: str, xml: str) -> str:
+        """Give the shut-off domain another persistent definition; returns it as it then stands, secrets included."""
+
+    def state_places(self, uuid: str) -> tuple[StatePlace, ...]:
+        """Where the domain's state that is no disk is kept."""
+
+    def networks(self) -> tuple[str, ...]:
+        """What a NIC can be attached to on this host: ``network:NAME`` of libvirt's, ``bridge:NAME``."""
 
     def close(self) -> None:
         """Disconnect; running domains and jobs are left alone."""

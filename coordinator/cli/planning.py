@@ -115,6 +115,14 @@ _OPTIONS = (
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
     ),
     click.option(
+        "--apply-config",
+        is_flag=True,
+        help="Apply what was changed of the replica's definition (memory, vCPUs, added NICs) to the original's.",
+    ),
+    click.option(
+        "--create-missing", is_flag=True, help="Create the original's disks that only the replica has; sparse files."
+    ),
+    click.option(
         "--discard-divergence",
         is_flag=True,
         help="Go on though the original was written to after the failover; that is lost. --yes does not imply it.",
@@ -156,6 +164,8 @@ def chosen_options(
     audit: bool,
     verify: str,
     allow_larger_target: bool,
+    apply_config: bool,
+    create_missing: bool,
     discard_divergence: bool,
     limit_network: Rate | None,
     limit_read: Rate | None,
@@ -169,6 +179,8 @@ def chosen_options(
         shutdown_timeout_s=shutdown_timeout_s,
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
+        apply_config=apply_config,
+        create_missing=create_missing,
         discard_divergence=discard_divergence,
         limits=RunLimits().changed(limit_network, limit_read),
         kill_after_s=kill_after_s,

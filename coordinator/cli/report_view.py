@@ -37,6 +37,7 @@ def show_plan(output: Output, plan: Plan) -> None:
     if plan.disks:
         output.say()
         _show_planned_disks(output, plan)
+    _show_differences(output, plan)
     show_costs(output, plan)
     if plan.notes:
         output.say()
@@ -65,6 +66,18 @@ def _show_planned_disks(output: Output, plan: Plan) -> None:
     tracked = [(d.why_last_not_higher, d.original) for d in plan.disks if d.why_last_not_higher]
     for reason, targets in _by_reason(tracked):
         output.say(f"Last pass of {targets}: {reason}.")
+
+
+def _show_differences(output: Output, plan: Plan) -> None:
+    """In what the two definitions differ, and what becomes of it."""
+    if not plan.differences:
+        return
+    output.say()
+    output.say("The definitions of original and replica differ:")
+    rows = table("What", "Original", "Replica", "The original's")
+    for each in plan.differences:
+        rows.add_row(each.what, each.original, each.replica, each.action)
+    output.show(rows)
 
 
 def show_refusals(output: Output, refusals: Sequence[Refusal]) -> None:

@@ -44,6 +44,26 @@ from protocol.messages.health import (
     RemnantKind,
     VmName,
 )
+from protocol.messages.machine import (
+    ChangeDefinition,
+    CreateDisk,
+    DefinitionChange,
+    DescribeMachine,
+    DiskCreated,
+    KeepMachine,
+    ListState,
+    MachineDescription,
+    MachineShare,
+    PlaceState,
+    ReadState,
+    RestoreMachine,
+    StateChunk,
+    StateFile,
+    StateFiles,
+    StateKind,
+    StatePart,
+    WriteState,
+)
 from protocol.messages.orders import (
     AskWritten,
     Cancel,
@@ -125,8 +145,22 @@ PROTOCOL_VERSIONS = (2,)
 """The versions this software speaks, best first."""
 
 Question = (
-    DescribeHost | InspectVm | AskPower | AskEvidence | AskWritten | SampleBlocks | Ping | AskHoldings | AskAuthority
+    DescribeHost
+    | InspectVm
+    | AskPower
+    | AskEvidence
+    | AskWritten
+    | SampleBlocks
+    | Ping
+    | AskHoldings
+    | AskAuthority
+    | DescribeMachine
 )
+MachineOrder = (
+    ListState | ReadState | WriteState | PlaceState | ChangeDefinition | CreateDisk | RestoreMachine | KeepMachine
+)
+"""Orders about what of a VM is no disk."""
+
 OrderRequest = (
     PowerOff
     | PowerOn
@@ -149,6 +183,7 @@ OrderRequest = (
     | RememberPair
     | CleanLeftovers
     | ForgetPair
+    | MachineOrder
 )
 Request = Question | OrderRequest
 Reply = (
@@ -168,6 +203,10 @@ Reply = (
     | PassReport
     | Holdings
     | Cleaned
+    | MachineDescription
+    | StateFiles
+    | StateChunk
+    | DiskCreated
 )
 ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
 
@@ -203,6 +242,7 @@ __all__ = [
     "BulkWelcome",
     "ByteRange",
     "Cancel",
+    "ChangeDefinition",
     "CleanLeftovers",
     "Cleaned",
     "CloseView",
@@ -210,9 +250,13 @@ __all__ = [
     "CompareSpan",
     "Condition",
     "ControlMessage",
+    "CreateDisk",
     "Credit",
+    "DefinitionChange",
     "DescribeHost",
+    "DescribeMachine",
     "Direction",
+    "DiskCreated",
     "DiskDescription",
     "DiskProgress",
     "DiskReport",
@@ -242,8 +286,13 @@ __all__ = [
     "ImageDescription",
     "InspectVm",
     "KeepRestorePoint",
+    "KeepMachine",
     "LiftDescription",
     "LiftFence",
+    "ListState",
+    "MachineDescription",
+    "MachineOrder",
+    "MachineShare",
     "MappedDisk",
     "MergeRestorePoint",
     "OnTimeout",
@@ -258,6 +307,7 @@ __all__ = [
     "PassReport",
     "PassVerified",
     "Ping",
+    "PlaceState",
     "Pong",
     "Power",
     "PowerAnswer",
@@ -269,12 +319,14 @@ __all__ = [
     "ProtectedDisk",
     "ProvenRanges",
     "Question",
+    "ReadState",
     "ReadTracking",
     "RememberPair",
     "Remnant",
     "RemnantKind",
     "Reply",
     "Request",
+    "RestoreMachine",
     "Role",
     "RunPass",
     "SampleBlocks",
@@ -284,6 +336,11 @@ __all__ = [
     "SnapshotDescription",
     "SpanAnswer",
     "SpansSettled",
+    "StateChunk",
+    "StateFile",
+    "StateFiles",
+    "StateKind",
+    "StatePart",
     "TakePair",
     "TargetEvidence",
     "TrackedSpan",
@@ -296,5 +353,6 @@ __all__ = [
     "VmDescription",
     "VmName",
     "Welcome",
+    "WriteState",
     "ZeroRanges",
 ]

@@ -23,6 +23,7 @@ def administrator() -> Iterator[Any]:
     from agent.virt.events import ensure_event_loop
 
     folder = Path(tempfile.mkdtemp(prefix=Leftovers.FOLDER_PREFIX, dir="/tmp"))
+    folder.chmod(0o755)  # swtpm runs as a user of its own
     ensure_event_loop()
     connection = libvirt.open(embed_root(folder))
     yield connection

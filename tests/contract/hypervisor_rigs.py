@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from agent.virt.seam import Hypervisor, PowerState, View
+from agent.virt.seam import Hypervisor, PowerState, StatePlace, StateRole, View
 from tests.fakes.hypervisor import FakeHypervisor, FakeMachine, FakeView, GuestBehaviour
 from tests.lab import console
 from tests.lab.domain import LabDisk, domain_xml
@@ -77,6 +77,12 @@ class Rig(Protocol):
 
     def pause(self, vm: Vm) -> None:
         """Pause the guest."""
+
+    def set_console_password(self, vm: Vm, password: str) -> None:
+        """The VM, which is off, gets a console with that password."""
+
+    def give_state(self, vm: Vm) -> None:
+        """The VM, which is off, gets UEFI firmware and a TPM."""
 
     def begin_foreign_backup(self, vm: Vm) -> None:
         """Someone else starts a pull-mode backup."""
@@ -145,6 +151,21 @@ class FakeRig:
 
     def pause(self, vm: Vm) -> None:
         self.machine.domains[vm.uuid].state = PowerState.PAUSED
+
+    def set_console_password(self, vm: Vm, password: str) -> None:
+        self.machine.domains[vm.uuid].password = password
+
+    def give_state(self, vm: Vm) -> None:
+        domain = self.machine.domains[vm.uuid]
+        domain.firmware, domain.has_tpm = "uefi", True
+        nvram, tpm = self._folder / "web_VARS.fd", self._folder / "tpm2"
+        nvram.write_bytes(b"variables")
+        tpm.mkdir()
+        (tpm / "tpm2-00.permall").write_bytes(b"keys")
+        domain.state_places = (
+            StatePlace(role=StateRole.NVRAM, path=nvram, format="raw"),
+            StatePlace(role=StateRole.TPM, path=tpm, format="2.0"),
+        )
 
     def begin_foreign_backup(self, vm: Vm) -> None:
         self.machine.domains[vm.uuid].view = FakeView(None, {})
@@ -266,6 +287,15 @@ class LibvirtRig:
     def pause(self, vm: Vm) -> None:
         self._administrator.lookupByUUIDString(vm.uuid).suspend()
 
+    def set_console_password(self, vm: Vm, password: str) -> None:
+        console = f"<graphics type='vnc' passwd='{password}'/>"
+        self.redefine(self.inactive_xml(vm).replace("</devices>", f"{console}</devices>"))
+
+    def give_state(self, vm: Vm) -> None:
+        tpm = "<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>"
+        xml = self.inactive_xml(vm).replace("<os>", "<os firmware='efi'>").replace("</devices>", f"{tpm}</devices>")
+        self.redefine(xml)
+
     def begin_foreign_backup(self, vm: Vm) -> None:
         socket = self._folder / "someone-elses.sock"
         xml = f"""<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>
@@ -321,6 +351,7 @@ class LibvirtRig:
                 libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
                 | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
                 | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+                | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
             )
         for host in self._hosts:
             host.close()

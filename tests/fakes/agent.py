@@ -28,6 +28,7 @@ from protocol.messages import (
     CloseView,
     Condition,
     DescribeHost,
+    DescribeMachine,
     Direction,
     DiskDescription,
     DiskProgress,
@@ -51,6 +52,7 @@ from protocol.messages import (
     LiftDescription,
     LiftFence,
     MergeRestorePoint,
+    MachineOrder,
     OnTimeout,
     OpenView,
     OrderRequest,
@@ -88,6 +90,7 @@ from protocol.messages import (
     VmDescription,
 )
 from tests.fakes.checks import FakeMaps
+from tests.fakes.machine import FakeMachine
 from tests.fakes.records import FakeView, SourceRecords, TargetRecords
 from tests.fakes.samples import FakeSamples
 
@@ -128,6 +131,9 @@ class FakeVm:
     shareable: tuple[str, ...] = ()
     held: tuple[str, ...] = ()  # disks whose image another process has open
     boots: int = 0
+    machine: FakeMachine = field(default_factory=FakeMachine)
+    firmware: str = "bios"
+    has_tpm: bool = False
     dies_hard: int = 0  # so many times QEMU must be killed: its bitmaps are lost
 
     @property
@@ -280,6 +286,9 @@ class World:
             case AskPower():
                 vm = self.vm(request.vm_uuid, host)
                 return PowerAnswer(power=vm.power, images_free=not vm.held, holders=vm.held)
+            case DescribeMachine():
+                vm = self.vm(request.vm_uuid, host)
+                return vm.machine.describe(vm.uuid, tuple(vm.disks))
             case AskHoldings():
                 return self.holdings(host)
             case RememberPair():
@@ -316,6 +325,9 @@ class World:
                 return TrackingRead(disks=tuple(self.records.read(since) for since in request.since))
             case DropCheckpoints() | ReadTracking() | EndTracking() if not self.knows_evidence:
                 raise AgentRefused(f"{host} does not obey {type(request).__name__}", code="forbidden")
+            case _ if isinstance(request, MachineOrder):
+                vm = self.vm(request.vm_uuid, host)
+                return vm.machine.obey(request, vm.disks, is_off=vm.is_off, fenced=vm.fence is not None)
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
 
@@ -618,8 +630,8 @@ class World:
             managed_save=False,
             on_poweroff="destroy",
             machine="pc",
-            firmware="bios",
-            has_tpm=False,
+            firmware=vm.firmware,
+            has_tpm=vm.has_tpm,
             passthrough=vm.passthrough,
             disks=tuple(_disk(vm, target) for target in vm.disks),
             snapshots=tuple(SnapshotDescription(name=name, ours=True, external=True) for name in vm.snapshots),

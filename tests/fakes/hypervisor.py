@@ -12,6 +12,7 @@ import itertools
 import shutil
 import threading
 import uuid as uuids
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from agent.errors import GuestAgentMissing, HypervisorError, NoSuchDomain
 from agent.virt import images
+from agent.virt.domain_xml import parse_domain
 from agent.virt.names import (
     ImageRef,
     check_snapshot,
@@ -42,6 +44,7 @@ from agent.virt.seam import (
     PowerState,
     Snapshot,
     SourceKind,
+    StatePlace,
     TrackOverlay,
     View,
 )
@@ -119,6 +122,10 @@ class FakeDomain:
     agent_hangs: bool = False
     frozen: bool = False
     stalled: bool = False
+    hardware: str = '<memory unit="KiB">131072</memory><vcpu>1</vcpu>'  # of its definition, beside disks and NICs
+    nics: str = ""
+    password: str = ""  # of its console: told only with the secrets
+    state_places: tuple[StatePlace, ...] = ()
 
     def end(self, *, killed: bool = False) -> None:
         """The process is gone, and its jobs with it; killed, it has saved no bitmap."""
@@ -143,6 +150,7 @@ class FakeMachine:
         self.now_s = 0.0
         self.lock = threading.RLock()
         self.domains: dict[str, FakeDomain] = {}
+        self.networks: tuple[str, ...] = ("network:default",)
 
     def define(
         self,
@@ -449,8 +457,60 @@ class FakeHypervisor:
                     for o in snapshot.overlays
                 )
 
+    def definition(self, uuid: str, *, secrets: bool = False) -> str:
+        with self._domain(uuid) as domain:
+            return write_definition(domain, secrets=secrets)
+
+    def define(self, uuid: str, xml: str) -> str:
+        with self._domain(uuid) as domain:
+            _require_off(domain)
+            read_definition(domain, xml)
+            return write_definition(domain, secrets=True)
+
+    def state_places(self, uuid: str) -> tuple[StatePlace, ...]:
+        with self._domain(uuid) as domain:
+            return domain.state_places
+
+    def networks(self) -> tuple[str, ...]:
+        return self.machine.networks
+
     def close(self) -> None:
         return
+
+
+def write_definition(domain: FakeDomain, *, secrets: bool) -> str:
+    """The domain as libvirt would write it down."""
+    disks = "".join(
+        f"<disk type='file' device='disk'><driver name='qemu' type='{top.format}'/><source file='{top.path}'/>"
+        f"<target dev='{target}' bus='virtio'/></disk>"
+        for target, top in domain.disks.items()
+    )
+    secret = f" passwd='{domain.password}'" if secrets and domain.password else ""
+    console = f"<graphics type='vnc'{secret}/>" if domain.password else ""
+    return (
+        f"<domain type='qemu'><name>{domain.name}</name><uuid>{domain.uuid}</uuid>{domain.hardware}"
+        f"<os><type arch='x86_64' machine='pc-i440fx-7.2'>hvm</type></os>"
+        f"<devices>{disks}{domain.nics}{console}</devices></domain>"
+    )
+
+
+def read_definition(domain: FakeDomain, xml: str) -> None:
+    """Let the domain be what that says: memory, vCPUs, disks, NICs; of a graphics console the password."""
+    root = ET.fromstring(xml)
+    if root.findtext("uuid") != domain.uuid:
+        raise HypervisorError(f"VM {domain.name}: that is another VM's definition.", vm=domain.name)
+    facts = parse_domain(xml)
+    images = {disk.target: disk.image for disk in facts.disks if disk.image is not None}
+    kept = {target: top for target, top in domain.disks.items() if target in images}
+    for target, image in images.items():
+        if target not in kept or kept[target].path != image.path:
+            kept[target] = FakeImage(image.path, image.format)
+    domain.disks = kept
+    parts = [child for tag in ("memory", "currentMemory", "vcpu", "cpu") for child in root.findall(tag)]
+    domain.hardware = "".join(ET.tostring(part, encoding="unicode").strip() for part in parts)
+    domain.nics = "".join(ET.tostring(nic, encoding="unicode").strip() for nic in root.findall("devices/interface"))
+    console = root.find("devices/graphics")
+    domain.password = "" if console is None else console.get("passwd", "")
 
 
 def _known(domain: FakeDomain, since: Mapping[str, EarlierView]) -> tuple[dict[str, str], dict[str, str]]:

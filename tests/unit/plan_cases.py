@@ -11,9 +11,12 @@ from protocol.messages import (
     DiskDescription,
     HostDescription,
     ImageDescription,
+    MachineDescription,
     Power,
     PowerAnswer,
     Side,
+    StateKind,
+    StatePart,
     VmDescription,
 )
 
@@ -114,13 +117,41 @@ def side(
     host_answer: HostDescription | Problem | None = None,
     answer: PowerAnswer | None = None,
     problem: Problem | None = None,
+    machine: MachineDescription | Problem | None = None,
     **changes: Any,
 ) -> SideFindings:
     """What one agent said; `changes` are of its VM."""
     name = "prod1" if which is Side.ORIGINAL else "dr1"
     described = vm(which, **changes)
     free = PowerAnswer(power=described.power, images_free=described.power is Power.OFF, holders=())
-    return SideFindings(host=host_answer or host(name), vm=problem or described, power=answer or free)
+    return SideFindings(host=host_answer or host(name), vm=problem or described, power=answer or free, machine=machine)
+
+
+def definition(devices: str = "", *, memory_kib: int = 2097152, vcpus: int = 2, more: str = "") -> str:
+    """A definition as libvirt tells it, with the disks of `vm`."""
+    disks = "".join(f"<disk type='file' device='disk'><target dev='{t}' bus='virtio'/></disk>" for t in ("vda", "vdb"))
+    return (
+        f"<domain type='kvm'><memory unit='KiB'>{memory_kib}</memory><currentMemory unit='KiB'>{memory_kib}"
+        f"</currentMemory><vcpu placement='static'>{vcpus}</vcpu>{more}<devices>{disks}{devices}</devices></domain>"
+    )
+
+
+def machine(which: Side, **changes: Any) -> MachineDescription:
+    """A VM beside its disks: nothing in which the two would differ."""
+    plain = MachineDescription(
+        vm_uuid=ORIGINAL_UUID if which is Side.ORIGINAL else REPLICA_UUID,
+        definition=(definition(),),
+        parts=(),
+        networks=("network:default", "bridge:br0"),
+        missing_tools=(),
+    )
+    return replace(plain, **changes)
+
+
+def part(kind: StateKind, **changes: Any) -> StatePart:
+    """State that is there and can be carried."""
+    plain = StatePart(kind=kind, path="/state", format="raw", size_bytes=540672, present=True)
+    return replace(plain, **changes)
 
 
 def case(

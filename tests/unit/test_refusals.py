@@ -20,8 +20,23 @@ from protocol.messages import (
     PowerAnswer,
     Side,
     SnapshotDescription,
+    StateKind,
+    StatePart,
 )
-from tests.unit.plan_cases import GIB, ORIGINAL_UUID, PAIR, case, disk, host, image, side, vm
+from tests.unit.plan_cases import (
+    GIB,
+    ORIGINAL_UUID,
+    PAIR,
+    case,
+    definition,
+    disk,
+    host,
+    image,
+    machine,
+    part,
+    side,
+    vm,
+)
 
 ORIGINAL, REPLICA = Side.ORIGINAL, Side.REPLICA
 UNREACHABLE = Problem(code="host-unreachable", sentence="the agent cannot be asked: Connection refused; start it")
@@ -52,6 +67,59 @@ def written_after() -> Case:
     spoiled = original_image(modified_s=1_700_000_060.0)
     findings = replace(spoiled.findings, failover_s=1_700_000_000.0)
     return replace(spoiled, findings=findings)
+
+
+def both(
+    original_parts: tuple[StatePart, ...] = (),
+    replica_parts: tuple[StatePart, ...] = (),
+    *,
+    of: dict[str, Any] | None = None,
+    original_of: dict[str, Any] | None = None,
+    **told: Any,
+) -> Case:
+    """Both VMs with what their agents tell of them beside the disks; `of`: changes of both VMs, `told`: of what the
+    original's agent tells."""
+    same = of or {}
+    return case(
+        original=side(
+            ORIGINAL, machine=machine(ORIGINAL, parts=original_parts, **told), **{**same, **(original_of or {})}
+        ),
+        replica=side(REPLICA, machine=machine(REPLICA, parts=replica_parts), **same),
+    )
+
+
+UEFI: dict[str, Any] = {"firmware": "uefi"}
+NVRAM, TPM = part(StateKind.NVRAM), part(StateKind.TPM, format="2.0", size_bytes=6092)
+NIC = "<interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br9'/></interface>"
+
+
+def applying() -> Case:
+    """A NIC of the replica is on a bridge that the production host lacks."""
+    spoiled = case(
+        original=side(ORIGINAL, machine=machine(ORIGINAL)),
+        replica=side(REPLICA, machine=machine(REPLICA, definition=(definition(NIC),))),
+        options=RunOptions(apply_config=True),
+    )
+    assert find_refusals(replace(spoiled, options=RunOptions())) == (), "only where it is to be applied"
+    return spoiled
+
+
+def creating(**original_disks: Any) -> Case:
+    """The replica has a disk vdc that is to be created at the original."""
+    disks = original_disks.pop("disks", vm(ORIGINAL).disks)
+    created = DiskPair(original="vdc", replica="vdc")
+    spoiled = case(
+        pair=replace(PAIR, disks=(*PAIR.disks, created)),
+        original=side(ORIGINAL, machine=machine(ORIGINAL, **original_disks), disks=disks),
+        replica=side(
+            REPLICA, machine=machine(REPLICA), disks=(*vm(REPLICA).disks, disk("vdc", "/c", chain=(image("/c"),)))
+        ),
+        options=RunOptions(create_missing=True),
+    )
+    return replace(spoiled, created=(created,))
+
+
+CDROM = "<disk type='file' device='cdrom'><target dev='vdc' bus='sata'/></disk>"
 
 
 def replica_image(**changes: Any) -> Case:
@@ -128,8 +196,56 @@ MET: list[tuple[str, Case, str, str]] = [
         "before-upgrade",
     ),
     ("passthrough", replica(passthrough=("pci 0000:01:00.0",)), "web1-replica pci 0000:01:00.0", "--exclude-disk 'pci"),
-    ("uefi", original(firmware="uefi"), "web1", "UEFI"),
-    ("tpm", replica(has_tpm=True), "web1-replica", "TPM"),
+    (
+        "machine-not-told",
+        case(
+            original=side(ORIGINAL, machine=Problem(code="forbidden", sentence="not taken"), firmware="uefi"),
+            replica=side(REPLICA, machine=machine(REPLICA, parts=(NVRAM,)), firmware="uefi"),
+        ),
+        "web1",
+        "is not known: not taken; install the same failback release",
+    ),
+    (
+        "machine-not-told",
+        replace(both(definition=(), problem="its definition is too long"), options=RunOptions(apply_config=True)),
+        "web1",
+        "its definition is too long",
+    ),
+    ("firmware-differs", both(original_of=UEFI), "web1", "boots with UEFI firmware"),
+    (
+        "firmware-differs",
+        both((part(StateKind.NVRAM, size_bytes=131072),), (NVRAM,), of=UEFI),
+        "web1",
+        "another build of the firmware",
+    ),
+    ("firmware-differs", both((part(StateKind.NVRAM, format="qcow2"),), (NVRAM,), of=UEFI), "web1", "of qcow2"),
+    ("tpm-differs", both(original_of={"has_tpm": True}), "web1-replica", "add one with `virsh edit web1-replica`"),
+    (
+        "tpm-differs",
+        both((part(StateKind.TPM, format="1.2"),), (TPM,), of={"has_tpm": True}),
+        "web1",
+        "of version 1.2",
+    ),
+    (
+        "state-not-carried",
+        both((part(StateKind.TPM, problem="its TPM is the host's own"),), of={"has_tpm": True}),
+        "web1",
+        "TPM state of the original web1 on prod1 cannot be carried: its TPM is the host's own",
+    ),
+    (
+        "machine-tool-missing",
+        both((TPM,), (TPM,), of={"has_tpm": True}, missing_tools=("swtpm (swtpm)",)),
+        "prod1",
+        "lacks swtpm (swtpm)",
+    ),
+    ("network-missing", applying(), "web1", "bridge br9, which host prod1 does not have (it has: network default,"),
+    ("cannot-create-disk", creating(definition=(definition(CDROM),)), "web1 vdc", "another drive vdc"),
+    (
+        "cannot-create-disk",
+        creating(disks=tuple(replace(d, kind="block") for d in vm(ORIGINAL).disks)),
+        "web1 vdc",
+        "no disk that is a file",
+    ),
     ("fenced-elsewhere", original(fence=fence("web9")), "web1", "failback status web9"),
     ("image-held", original(answer=HELD), "web1", "another process holds its image (vdb)"),
     ("lock-lost", original(fence=fence("web1", locked=("vda",), unlocked=("vdb",))), "web1", "lost its lock on vdb"),
@@ -209,6 +325,14 @@ def test_a_healthy_pair_in_failover_is_not_refused() -> None:
     assert find_refusals(case()) == ()
 
 
+def test_a_healthy_pair_with_firmware_variables_and_a_tpm_is_not_refused() -> None:
+    assert find_refusals(both((NVRAM, TPM), (NVRAM, TPM), of={"firmware": "uefi", "has_tpm": True})) == ()
+
+
+def test_a_missing_disk_that_is_to_be_created_is_not_refused() -> None:
+    assert find_refusals(creating()) == ()
+
+
 def test_all_refusals_come_at_once() -> None:
     spoiled = case(
         pair=replace(PAIR, state=State.READY),
@@ -216,7 +340,15 @@ def test_all_refusals_come_at_once() -> None:
         replica=side(REPLICA, has_tpm=True, persistent=False),
     )
     codes = [refusal.code for refusal in find_refusals(spoiled)]
-    assert codes == ["not-in-failover", "managed-save", "transient-vm", "uefi", "tpm"]
+    assert codes == [
+        "not-in-failover",
+        "managed-save",
+        "transient-vm",
+        "machine-not-told",
+        "machine-not-told",
+        "firmware-differs",
+        "tpm-differs",
+    ]
 
 
 def test_original_that_runs_is_accepted_when_its_power_off_was_asked_for() -> None:
