@@ -183,6 +183,8 @@ class RunOptions:
         verify_full: read both sides' storage whole before the original may start.
         audit: read the frozen replica whole after the switchover and compare it with what the original started from.
         on_failure: roll a failed switchover back, or wait for a person.
+        protect_original: take the working snapshot of the original before the first write, so that it can be given
+            back; None: not decided, which a plan does (`coordinator.protecting.settled`).
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
     """
 
@@ -204,6 +206,7 @@ class RunOptions:
     audit: bool = True
     discard_divergence: bool = False
     on_failure: OnFailure = OnFailure.ROLLBACK
+    protect_original: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,6 +313,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     estimate: Estimate | None = None
     rooms: tuple[Room, ...] = ()
+    protects_original: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ from protocol.messages.orders import (
     Failure,
     FenceVm,
     LiftFence,
+    MergeProtection,
     OpenView,
     PoweredOff,
     PowerOff,
@@ -138,6 +139,7 @@ OrderRequest = (
     | EndTracking
     | Protect
     | Unprotect
+    | MergeProtection
     | AllowPass
     | RunPass
     | SetLimits
@@ -239,6 +241,7 @@ __all__ = [
     "InspectVm",
     "LiftDescription",
     "LiftFence",
+    "MergeProtection",
     "MappedDisk",
     "OnTimeout",
     "OpenView",
