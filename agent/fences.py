@@ -21,7 +21,6 @@ from agent.ledger import ConditionRecord, DiskCondition, FencedImage, FenceRecor
 from agent.lift_record import LiftRecord
 from agent.virt.seam import Domain, Hypervisor, PowerState
 
-
 ORIGINAL = "original"
 """The side of a fence whose VM's disks a pass writes to."""
 

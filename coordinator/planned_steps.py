@@ -17,6 +17,11 @@ def planned_steps(case: Case) -> Iterator[str]:
     if power_of(case, Side.ORIGINAL) is Power.RUNNING and options.power_off_original:
         yield f"power off the original {original.name} on {original.host}"
     yield f"fence the original {original.name}: its autostart off, its images locked"
+    if options.protect_original:
+        yield (
+            f"take the working snapshot of the original {original.name}: what is written goes to overlays, its own disks "
+            "stay as they are"
+        )
     yield from _off(case) if is_off(case) else _serving(case)
     if options.verify_full:
         yield "read both sides' storage whole and compare, while nobody is served (--verify full)"

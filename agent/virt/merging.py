@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agent.virt.domain_xml import disk_xml
+import libvirt
+
+from agent.virt.domain_xml import disk_xml, point_disks_at
 from agent.virt.inspection import facts_now
 from agent.virt.overlays import merge_overlays
 from agent.virt.places import Places
-from agent.virt.protection import forget, known_overlays, metadata_xml, remove
+from agent.virt.protection import base_of, forget, known_overlays, metadata_xml, remove
 from agent.virt.seam import Overlay, TrackOverlay
 
 
@@ -34,5 +36,14 @@ def merge_protection(
             definition="" if before is None else disk_xml(before, overlay.target),
         )
         merge_overlays(domain, [overlay.overlay], overlay.base, track, places, timeout_s=timeout_s)
+    if before is not None:
+        _define_as_before(domain, list(known.values()), before)
     forget(domain, facts, snapshot)
     remove([overlay.overlay for overlay in known.values()])
+
+
+def _define_as_before(domain: Any, overlays: Sequence[Overlay], before: str) -> None:
+    """libvirt names the bases again when it pivots, but with elements that the definition did not have."""
+    xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    bases = {overlay.target: base_of(overlay, before) for overlay in overlays}
+    domain.connect().defineXML(point_disks_at(xml, bases, like=before))

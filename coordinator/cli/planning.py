@@ -115,6 +115,12 @@ _OPTIONS = (
         "--allow-larger-target", is_flag=True, help="Zero what is behind the replica's size on a larger disk."
     ),
     click.option(
+        "--protect-original/--no-protect-original",
+        default=None,
+        help="Keep the original as it is under a working snapshot, so that undo and cancel give it back byte for byte "
+        "and commit merges it away; or overwrite its disks in place, the default.",
+    ),
+    click.option(
         "--discard-divergence",
         is_flag=True,
         help="Go on though the original was written to after the failover; that is lost. --yes does not imply it.",
@@ -156,6 +162,7 @@ def chosen_options(
     audit: bool,
     verify: str,
     allow_larger_target: bool,
+    protect_original: bool | None,
     discard_divergence: bool,
     limit_network: Rate | None,
     limit_read: Rate | None,
@@ -169,6 +176,7 @@ def chosen_options(
         shutdown_timeout_s=shutdown_timeout_s,
         shutdown_policy=ShutdownPolicy(shutdown_policy),
         allow_larger_target=allow_larger_target,
+        protect_original=protect_original,
         discard_divergence=discard_divergence,
         limits=RunLimits().changed(limit_network, limit_read),
         kill_after_s=kill_after_s,
