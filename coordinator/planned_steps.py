@@ -19,8 +19,8 @@ def planned_steps(case: Case) -> Iterator[str]:
     yield f"fence the original {original.name}: its autostart off, its images locked"
     if options.protect_original:
         yield (
-            f"take the working snapshot of the original {original.name}: what is written goes to overlays, its own disks "
-            "stay as they are"
+            f"take the working snapshot of the original {original.name}: what is written goes to overlays, its own "
+            "disks stay as they are"
         )
     yield from _off(case) if is_off(case) else _serving(case)
     if options.verify_full:

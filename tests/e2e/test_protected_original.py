@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,17 @@ def _flag(site: Site, pair: LabPair) -> str:
 
 def _in_the_middle(status: dict[str, Any]) -> bool:
     return status["step"] == "pass:1" and status["progress"] is not None and status["progress"]["changed_bytes"] > 0
+
+
+@contextlib.contextmanager
+def _qemu_stopped(pair: LabPair) -> Iterator[None]:
+    """Inside, the original's QEMU answers nothing, so that a merge that is ordered here does not end here."""
+    for signal_name in ("STOP", "CONT"):
+        command = f"kill -{signal_name} $(cat /run/libvirt/qemu/{pair.original.name}.pid)"
+        done = pair.original.host.run(["sh", "-c", command])
+        assert done.returncode == 0, done.stderr
+        if signal_name == "STOP":
+            yield
 
 
 @FORMATS
@@ -119,10 +132,11 @@ def test_resume_ends_a_merge_whose_coordinator_was_killed(site: Site) -> None:
     before = Before(pair)
     site.failback(*START, "--power-on", pair.name)
     console.wait_for_writes(pair.original.log, "vda", 1)
-    commit = site.spawn("commit", pair.name, "--restore-point", "drop", "--yes")
-    site.wait_for_status(pair.name, lambda status: status["step"] == "merge_original", commit)
-    commit.send_signal(signal.SIGKILL)
-    commit.wait(60)
+    with _qemu_stopped(pair):
+        commit = site.spawn("commit", pair.name, "--restore-point", "drop", "--yes")
+        site.wait_for_status(pair.name, lambda status: status["step"] == "merge_original", commit)
+        commit.send_signal(signal.SIGKILL)
+        commit.wait(60)
     site.failback("resume", "--foreground", pair.name)
     assert site.failback("status", pair.name)["state"] == "Ready"
     before.assert_defined()
