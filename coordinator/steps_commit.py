@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from coordinator.agents import ask
-from coordinator.context import RunContext
+from coordinator.context import PROTECT_ORIGINAL, RunContext
 from coordinator.hooks import Hook
 from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
 from coordinator.steps_switch import FenceReplica
-from coordinator.steps_sync import PROTECT_ORIGINAL, TRACKING, end_tracking
+from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, LiftFence, MergeProtection, Side, Unprotect
 
 MERGE_TIMEOUT_S = 4 * 3600.0

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.called_off import ORIGINAL_IS_OFF, counts
-from coordinator.context import SURVEY, RunContext
+from coordinator.context import PROTECT_ORIGINAL, SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
@@ -66,7 +66,6 @@ POWER_OFF_GRACE_S = 120.0
 """On top of the guest's own deadline: forcing a VM off, and the answer's way back."""
 END_TRACKING_TIMEOUT_S = 3600.0
 """A live overlay is merged into its base meanwhile: as long as the guest has written to it."""
-PROTECT_ORIGINAL = "protect_original"
 TRACKING = "tracking"
 READ_TRACKING = "read_tracking"
 RECORDS_LEFT = "records_left"
