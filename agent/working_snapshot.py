@@ -174,9 +174,7 @@ class WorkingSnapshots:
         standing = [image for image in record.images if tops.get(image.target) == image.overlay]
         with self._locked(standing):
             for image in standing:
-                commit_overlays(
-                    image.target, [image.overlay], image.base, image.base_format, timeout_s=MERGE_TIMEOUT_S
-                )
+                commit_overlays(image.target, [image.overlay], image.base, image.base_format, timeout_s=MERGE_TIMEOUT_S)
             # What they hold is below by now: pointing the disks at their bases is all that is left.
             self.hypervisor.unprotect(record.vm_uuid, record.snapshot, _overlays(record))
 
@@ -191,9 +189,7 @@ class WorkingSnapshots:
 
 
 def _overlays(record: ProtectionRecord) -> list[Overlay]:
-    return [
-        Overlay(target=i.target, base=i.base, base_format=i.base_format, overlay=i.overlay) for i in record.images
-    ]
+    return [Overlay(target=i.target, base=i.base, base_format=i.base_format, overlay=i.overlay) for i in record.images]
 
 
 def _is_merging(vm_uuid: str, snapshot: str) -> Forbidden:

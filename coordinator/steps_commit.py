@@ -33,9 +33,7 @@ class MergeOriginal(Step):
 
     async def do(self, context: RunContext) -> Nothing:
         """Merge it; from here on nobody can have the old original back."""
-        merge = MergeProtection(
-            order=context.order, vm_uuid=context.pair.original.uuid, snapshot=context.snapshot
-        )
+        merge = MergeProtection(order=context.order, vm_uuid=context.pair.original.uuid, snapshot=context.snapshot)
         await ask(context.target, merge, Done, timeout_s=MERGE_TIMEOUT_S)
         return Nothing()
 

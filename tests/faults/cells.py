@@ -15,7 +15,7 @@ from tests.faults.rig import Rig
 from tests.faults.verbs import Verb
 
 START: tuple[str, ...] = ("start", "--yes", "--foreground", "--power-on", "--discard-divergence")
-START += ("--shutdown-timeout", "10s", "--late-evidence", "proceed")
+START += ("--shutdown-timeout", "10s", "--late-evidence", "proceed", "--protect-original")
 RESTING = frozenset({"Failover", "Failback", "Ready"})
 MOST_ATTEMPTS = 6
 VERB_S = 90.0
