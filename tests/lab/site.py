@@ -73,8 +73,8 @@ class LabPair:
     replica: LabVm
 
     def assert_same_disks(self) -> None:
-        """The original's disks hold what the replica's bases hold, says ``qemu-img compare``; those of an original under
-        a working snapshot are its overlays."""
+        """The original's disks hold what the replica's bases hold, says ``qemu-img compare``; under a working
+        snapshot they are its overlays."""
         tops = self.original.sources()
         for a, b in zip(self.original.disks, self.replica.disks, strict=True):
             top = tops[a.target]
