@@ -21,6 +21,9 @@ from agent.ledger import ConditionRecord, DiskCondition, FencedImage, FenceRecor
 from agent.lift_record import LiftRecord
 from agent.virt.seam import Domain, Hypervisor, PowerState
 
+ORIGINAL = "original"
+"""The side of a fence whose VM's disks a pass writes to."""
+
 
 class Fenced(AgentError):
     """The VM is fenced, and what was asked for must not happen to a fenced VM."""
@@ -236,6 +239,20 @@ class FenceKeeper:
                 kept = tuple(image for image in fence.images if image.target not in targets)
                 self._take(replace(fence, images=kept), fence)
 
+    def freeze(self, vm_uuid: str) -> None:
+        """Let the fenced VM's images be read, and be written by nobody: overlays are about to be put over them. The
+        next `fence` or `refresh` locks as the VM's disks are by then.
+
+        Raises:
+            NotFenced: there is no fence.
+        """
+        with self._turn(vm_uuid):
+            fence = self.ledger.fence(vm_uuid)
+            if fence is None:
+                raise NotFenced(f"the VM {vm_uuid} is not fenced on this host: the run must fence it first")
+            frozen = tuple(replace(image, kind=LockKind.FROZEN) for image in fence.images)
+            self._take(replace(fence, images=frozen), fence)
+
     def lift(self, vm_uuid: str, *, pair: str, restore_autostart: bool, autostart: bool | None = None) -> None:
         """Release the locks and forget the fence; harmless when there is none.
 
@@ -338,8 +355,23 @@ class FenceKeeper:
         now = tuple(_top_image(domain, target, side, before) for target in targets)
         tops = {image.path for image in now}
         chains = {image.path for disk in domain.disks for image in disk.chain}
-        former = (image for image in before if image.path not in tops)
+        former = [image for image in before if image.path not in tops]
+        if side == ORIGINAL:
+            now, former = _as_written(now), self._with_bases(domain.uuid, former, chains - tops)
         return now + tuple(image for image in former if image.path in chains or self._can_hold(image))
+
+    def _with_bases(self, vm_uuid: str, former: Sequence[FencedImage], chains: set[Path]) -> list[FencedImage]:
+        """What lies below the overlays of an original's working snapshot is frozen: undo gives it back."""
+        bases = {
+            image.base: FencedImage(
+                target=image.target, path=image.base, format=image.base_format, kind=LockKind.FROZEN
+            )
+            for record in self.ledger.contents.protections
+            if record.vm_uuid == vm_uuid
+            for image in record.images
+            if image.base in chains
+        }
+        return [*(image for image in former if image.path not in bases), *bases.values()]
 
     def _can_hold(self, image: FencedImage) -> bool:
         try:
@@ -381,6 +413,11 @@ class FenceKeeper:
         held = self._held.pop(path, None)
         if held is not None:
             held.close()
+
+
+def _as_written(tops: Sequence[FencedImage]) -> tuple[FencedImage, ...]:
+    """What the disks of an original are now is what a pass writes to, whatever it was before."""
+    return tuple(replace(image, kind=LockKind.EXCLUSIVE) for image in tops)
 
 
 def _targets(fence: FenceRecord) -> tuple[str, ...]:

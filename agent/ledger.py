@@ -19,6 +19,7 @@ from typing import TypeVar
 import cattrs
 
 from agent.authority_record import EpochRecord, epoch_of, with_epoch
+from agent.disk.stamp import Stamp
 from agent.durable import replace_whole
 from agent.errors import AgentError
 from agent.fence_list import entry, list_text, write_list
@@ -62,24 +63,30 @@ R = TypeVar("R", FenceRecord, ConditionRecord)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectedImage:
-    """One disk of a protective snapshot of ours. `mode`: what the base's permission bits were before it was made
-    read-only as a restore point; None: it was not."""
+    """One disk of a snapshot of ours. `mode`: what the base's permission bits were before it was made read-only as a
+    restore point; None: it was not. `base_stamp`: of an original's base, before the overlay was put over it."""
 
     target: str
     base: Path
     base_format: str
     overlay: Path
     mode: int | None = None
+    base_stamp: Stamp | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectionRecord:
-    """A protective snapshot of ours that has not been dropped."""
+    """A snapshot of ours that has not been dropped: the protective one of a replica, the working one of an original.
+
+    `merging`: its overlays are being merged into their bases, which are not what they were any more.
+    """
 
     vm_uuid: str
     pair: str
     snapshot: str
     images: tuple[ProtectedImage, ...]
+    side: str = "replica"
+    merging: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

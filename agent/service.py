@@ -43,6 +43,7 @@ from agent.sources import ViewDesk
 from agent.threads import Threads
 from agent.tracking_desk import TrackingDesk
 from agent.virt.seam import Domain, Hypervisor, Overlay, PowerState
+from agent.working_snapshot import WorkingSnapshots
 from protocol.channel import ProgressSink
 from protocol.errors import ProtocolError
 from protocol.messages import (
@@ -67,8 +68,9 @@ from protocol.messages import (
     InspectVm,
     KeepRestorePoint,
     LiftFence,
-    MergeRestorePoint,
     MachineOrder,
+    MergeProtection,
+    MergeRestorePoint,
     OpenView,
     Order,
     OrderRequest,
@@ -110,7 +112,17 @@ TOOLS = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils"}
 ANSWER_S = 20.0
 """How long a question may wait for QEMU, which answers in milliseconds unless it is stopped or stuck."""
 
-ENDS_THE_PASS = (LiftFence, PowerOn, OpenView, CloseView, EndTracking, Protect, Unprotect, MergeRestorePoint)
+ENDS_THE_PASS = (
+    LiftFence,
+    PowerOn,
+    OpenView,
+    CloseView,
+    EndTracking,
+    Protect,
+    Unprotect,
+    MergeRestorePoint,
+    MergeProtection,
+)
 """Orders that take away what a pass works on, or let a VM loose on it: nothing of it may still run by then."""
 
 
@@ -136,6 +148,7 @@ class AgentService:
         self.progress = ProgressDesk(self.config.state_dir, self.fences)
         self.maps = MapDesk(self.config.state_dir, self.fences)
         self.evidence = EvidenceDesk(self.fences, EqualsBook.open(self.ledger.folder), self.maps)
+        self.originals = WorkingSnapshots(self.hypervisor, self.fences, self.evidence, self.progress)
         self.holdings = HoldingsDesk(
             self.config,
             SOFTWARE,
@@ -250,6 +263,9 @@ class AgentService:
                 return await self._keep_restore_point(request)
             case MergeRestorePoint():
                 return await self._merge_restore_point(request)
+            case MergeProtection():
+                await self._blocking(lambda: self.originals.merge(request.vm_uuid, request.snapshot))
+                return Done()
             case AllowPass():
                 await self.passes.allow(request.order, request.grant)
                 return Done()
@@ -399,6 +415,8 @@ class AgentService:
             self.fences.fence(
                 request.vm_uuid, pair=order.pair, run=order.run, side=request.side.value, targets=request.targets
             )
+            if request.side is Side.ORIGINAL:
+                self.originals.drop_stale(order, request.vm_uuid, f"failback-{order.pair}-{order.run}")
             return self._fence_description(request.vm_uuid)
 
         description = await self.threads.on_libvirt(fence)
@@ -468,6 +486,8 @@ class AgentService:
         uuid, snapshot = request.vm_uuid, request.snapshot
 
         def protect() -> tuple[Overlay, ...]:
+            if request.side is Side.ORIGINAL:
+                return self.originals.take(request.order, uuid, request.targets, snapshot)
             self.fences.required(uuid, Side.REPLICA.value, request.order.pair)
             text = f"made by failback for the pair {request.order.pair}, run {request.order.run}"
             overlays = self.hypervisor.protect(uuid, request.targets, snapshot, text)
@@ -498,6 +518,9 @@ class AgentService:
         uuid, snapshot = request.vm_uuid, request.snapshot
 
         def unprotect() -> None:
+            if request.side is Side.ORIGINAL:
+                self.originals.drop(request.order.pair, uuid, snapshot)
+                return
             # Without a record there may still be a snapshot: the agent may have died between taking it and writing it
             # down. The hypervisor then finds the overlays by the snapshot's own metadata.
             record = self.ledger.protection(uuid, snapshot)

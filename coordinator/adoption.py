@@ -37,7 +37,15 @@ from protocol.messages import (
     VmDescription,
 )
 
-STANDING = ("original_off", "fence_original", "tracking", "replica_off", "fence_replica", "protect_replica")
+STANDING = (
+    "original_off",
+    "fence_original",
+    "protect_original",
+    "tracking",
+    "replica_off",
+    "fence_replica",
+    "protect_replica",
+)
 """Steps that a run whose replica is fenced may have done, in order: undo takes each back, which is harmless where it
 was never done."""
 

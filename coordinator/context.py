@@ -21,6 +21,7 @@ from coordinator.store import Store
 from protocol.messages import Condition, Order, Power
 
 SURVEY = "survey"
+PROTECT_ORIGINAL = "protect_original"
 LIFT_ORIGINAL_FENCE = "lift_original_fence"
 
 

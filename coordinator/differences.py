@@ -297,7 +297,12 @@ def _remnants(side: _Side) -> Iterator[Difference]:
     for left in side.remnants:
         what = f"{left.kind.value} {left.name}"
         if left.kind is RemnantKind.SNAPSHOT:
-            if left.recorded or left.name.removeprefix(f"failback-{name}-") in side.runs:
+            if left.recorded and side.side is Side.ORIGINAL:
+                if side.pair.state is not State.FAILBACK:
+                    text = f"{side.title} is under the working snapshot {left.name} of a run that is over"
+                    cure = f"the next run drops it: failback start {name}"
+                    yield _made("working-snapshot", Severity.NOTE, name, text, cure)
+            elif left.recorded or left.name.removeprefix(f"failback-{name}-") in side.runs:
                 text = f"{side.title} keeps the protective snapshot {left.name} as a restore point"
                 cure = f"merge it when it is not wanted any more: virsh blockcommit on {side.ref.host}"
                 yield _made("restore-point", Severity.NOTE, name, text, cure)

@@ -194,6 +194,8 @@ class RunOptions:
         on_failure: roll a failed switchover back, or wait for a person.
         apply_config: make of the original's definition what the replica's says, as far as that can be applied.
         create_missing: create the disks that the original lacks.
+        protect_original: take the working snapshot of the original before the first write, so that it can be given
+            back; None: not decided, which a plan does (`coordinator.protecting.settled`).
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
     """
 
@@ -217,6 +219,7 @@ class RunOptions:
     on_failure: OnFailure = OnFailure.ROLLBACK
     apply_config: bool = False
     create_missing: bool = False
+    protect_original: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +337,7 @@ class Plan:
     estimate: Estimate | None = None
     rooms: tuple[Room, ...] = ()
     differences: tuple[PlannedDifference, ...] = ()
+    protects_original: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from coordinator.findings import Case, DiskCase, Findings
 from coordinator.machine import missing_disks
 from coordinator.model import LateEvidence, Pair, Plan, PlannedDisk, RunOptions
 from coordinator.planned_steps import is_off, planned_steps, power_of
+from coordinator.protecting import protection_notes, verdict
 from coordinator.refusals import find_refusals
 from coordinator.refusals_machine import planned_differences
 from coordinator.rooms import rooms
@@ -38,15 +39,19 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         options: what the administrator chose.
     """
     case = _case(pair, findings, options)
+    costs = estimate(case)
+    protection = verdict(case, costs)
+    case = replace(case, options=replace(options, protect_original=protection.taken))
     return Plan(
         pair=pair.name,
         refusals=find_refusals(case),
         disks=tuple(_planned(case, here, there) for here, there in case.found_pairs()),
         steps=tuple(planned_steps(case)),
-        notes=(*divergence_notes(case), *_notes(case)),
-        estimate=estimate(case),
+        notes=(*divergence_notes(case), *protection_notes(case, protection), *_notes(case)),
+        estimate=costs,
         rooms=rooms(case),
         differences=tuple(planned_differences(case)),
+        protects_original=protection.taken,
     )
 
 
@@ -94,10 +99,6 @@ def _why_not_tracked(case: Case, replica: DiskCase) -> str:
 
 def _notes(case: Case) -> Iterator[str]:
     original, replica = case.pair.original, case.pair.replica
-    yield (
-        f"The disks of the original {original.name} are overwritten in place: from the first write on, until they are "
-        "verified, no bootable copy of the original remains if the replica is lost."
-    )
     if case.pair.flag.condition == Condition.TORN.value:
         yield (
             "The original is torn already: an earlier run wrote to it and did not finish, so it must not boot until "

@@ -21,6 +21,11 @@ def planned_steps(case: Case) -> Iterator[str]:
         names = ", ".join(disk.original for disk in case.created)
         yield f"create the missing disk {names} of the original, sparse, beside its first disk (--create-missing)"
     yield f"fence the original {original.name}: its autostart off, its images locked"
+    if options.protect_original:
+        yield (
+            f"take the working snapshot of the original {original.name}: what is written goes to overlays, its own "
+            "disks stay as they are"
+        )
     yield from _off(case) if is_off(case) else _serving(case)
     if options.verify_full:
         yield "read both sides' storage whole and compare, while nobody is served (--verify full)"

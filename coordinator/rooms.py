@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coordinator.estimates import map_bytes
+from coordinator.estimates import estimate, map_bytes
 from coordinator.findings import Case, Problem
 from coordinator.model import Room
+from coordinator.protecting import rooms_for_original
 from coordinator.refusals_disk import place_of, room_needed_bytes
 from protocol.messages import Power, Side, Tracking
 
@@ -15,8 +16,10 @@ MAP_PLACE = "the agent's state folder"
 
 
 def rooms(case: Case) -> tuple[Room, ...]:
-    """What is needed where: for views and overlays beside the replica's disks, for digest maps beside the original."""
-    return (*_beside_the_replica(case), *_for_maps(case))
+    """What is needed where: for views and overlays beside the replica's disks, for those of the original where it is
+    protected, for digest maps beside the original."""
+    original = rooms_for_original(case, estimate(case)) if case.options.protect_original else ()
+    return (*_beside_the_replica(case), *original, *_for_maps(case))
 
 
 def _beside_the_replica(case: Case) -> Iterator[Room]:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from coordinator import duties, journal, registry, rounds
 from coordinator.audit import AuditStatus, audit_status
-from coordinator.context import LIFT_ORIGINAL_FENCE
+from coordinator.context import LIFT_ORIGINAL_FENCE, PROTECT_ORIGINAL
 from coordinator.entries import EntryKind, Phase
 from coordinator.limits import in_force
 from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
@@ -163,11 +163,14 @@ def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:
             original_ran_s=None,
             sentence=f"this run has not released the original {name}: it is fenced, and nobody has used it since",
         )
+    left = "stays behind on its disks"
+    if log.stands(PROTECT_ORIGINAL):
+        left = "is dropped with its working snapshot, and its disks are what they were before the run"
     if begun is None:
         return UndoForecast(
             original_ran_s=None,
             sentence=f"this run has not powered the original {name} on; what was done to it by "
-            "hand since the switchover stays behind on its disks",
+            f"hand since the switchover {left}",
         )
     ran_s = max(0.0, now_s - begun.at_s)
     sure = log.is_done("original_on")
@@ -175,5 +178,5 @@ def forecast(pair: Pair, log: RunLog, now_s: float) -> UndoForecast:
         original_ran_s=ran_s,
         sentence=f"the original {name} {'has been' if sure else 'may have been'} in use for {ran_s:.0f} s since the "
         "switchover: everything written on "
-        "it since then stays behind on its disks, and the replica serves again what it held when it went off",
+        f"it since then {left}, and the replica serves again what it held when it went off",
     )

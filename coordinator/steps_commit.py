@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.agents import ask
-from coordinator.context import RunContext
+from coordinator.context import PROTECT_ORIGINAL, RunContext
 from coordinator.hooks import Hook
 from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, KeptDisk, KeptRecord, Nothing, RestorePointRecord
@@ -12,10 +12,31 @@ from coordinator.steps_check import EndAudit
 from coordinator.steps_machine import ForgetMachine
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
-from protocol.messages import Done, KeepRestorePoint, LiftFence, Protected, Side, Unprotect
+from protocol.messages import Done, KeepRestorePoint, LiftFence, MergeProtection, Protected, Side, Unprotect
+
+MERGE_TIMEOUT_S = 4 * 3600.0
+"""All that the run and the original's guest wrote may have to be moved, of every disk."""
 
 RESTORE_POINT = "restore_point"
 """Name of the note that says what commit was told to do."""
+
+
+class MergeOriginal(Step):
+    """The overlays of the original's working snapshot become part of its disks, while it runs or with it off."""
+
+    harmless = "what is merged already stays so, and a merge that was cut short is taken up again"
+    name = "merge_original"
+    sentence = "merge the working snapshot of the original into its disks"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only where one was taken."""
+        return context.log.intended(PROTECT_ORIGINAL)
+
+    async def do(self, context: RunContext) -> Nothing:
+        """Merge it; from here on nobody can have the old original back."""
+        merge = MergeProtection(order=context.order, vm_uuid=context.pair.original.uuid, snapshot=context.snapshot)
+        await ask(context.target, merge, Done, timeout_s=MERGE_TIMEOUT_S)
+        return Nothing()
 
 
 class DropRestorePoint(Step):
@@ -117,6 +138,7 @@ class ResumeReplication(Step):
 
 COMMIT_STEPS: tuple[Step, ...] = (
     EndAudit(),
+    MergeOriginal(),
     DropRestorePoint(),
     ForgetRecords(),
     MakeRestorePoint(),

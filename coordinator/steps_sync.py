@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from coordinator import registry
 from coordinator.agents import QUESTION_TIMEOUT_S, ask
 from coordinator.called_off import ORIGINAL_IS_OFF, counts
-from coordinator.context import SURVEY, RunContext
+from coordinator.context import PROTECT_ORIGINAL, SURVEY, RunContext
 from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
@@ -22,6 +22,7 @@ from coordinator.records import (
     HooksRecord,
     Nothing,
     PowerOffRecord,
+    ProtectRecord,
     Record,
     ReleaseRecord,
     SurveyRecord,
@@ -55,8 +56,11 @@ from protocol.messages import (
     Power,
     PoweredOff,
     PowerOff,
+    Protect,
+    Protected,
     Side,
     Tracking,
+    Unprotect,
     VmDescription,
 )
 
@@ -304,6 +308,49 @@ class FenceOriginal(Step):
         return ReleaseRecord(kept=True, condition=condition.value, why="torn")
 
 
+class ProtectOriginal(Step):
+    """The working snapshot of the original: from here on passes write to overlays, and the disks of before stay."""
+
+    harmless = "a snapshot that stands stays"
+    name = PROTECT_ORIGINAL
+    sentence = "take the working snapshot of the original"
+    undo_sentence = "drop the working snapshot: the original is what it was before the run"
+
+    def applies(self, context: RunContext) -> bool:
+        """Only if that was chosen."""
+        return context.options.protect_original is True
+
+    async def do(self, context: RunContext) -> ProtectRecord:
+        """Take it; nothing has been written yet."""
+        order = Protect(
+            order=context.order,
+            vm_uuid=context.pair.original.uuid,
+            targets=context.original_targets,
+            snapshot=context.snapshot,
+            side=Side.ORIGINAL,
+        )
+        protected = await ask(context.target, order, Protected)
+        return ProtectRecord(snapshot=protected.snapshot, overlays=tuple(disk.overlay for disk in protected.disks))
+
+    async def undo(self, context: RunContext) -> Record:
+        """Drop it, with all that was written. A host that is away is left as it is: its agent drops the snapshot when
+        the next run fences the original."""
+        try:
+            await take_fence(context, Side.ORIGINAL)
+            drop = Unprotect(
+                order=context.order,
+                vm_uuid=context.pair.original.uuid,
+                snapshot=context.snapshot,
+                side=Side.ORIGINAL,
+            )
+            await ask(context.target, drop, Done)
+        except (HostUnreachable, AgentRefused) as error:
+            if not is_silent(error) and (error.code == STALE_EPOCH or not await counts(context, error)):
+                raise
+            await context.notice(f"the working snapshot of the original stays until the next run: {error.sentence}")
+        return Nothing()
+
+
 class ClearTracking(Step):
     """From the first view on, what the replica writes is recorded. Nothing of ours may be there before, and nothing
     stays when the run is taken back."""
@@ -336,5 +383,6 @@ SYNC_STEPS: tuple[Step, ...] = (
     OriginalOff(),
     CreateMissing(),
     FenceOriginal(),
+    ProtectOriginal(),
     ClearTracking(),
 )

@@ -216,9 +216,13 @@ def _lock_chain(
     past_cache = direct_works(image)
     if held is not None:
         chain = chain_of(image, image_format, locked_by_us=True, past_cache=past_cache)
-        if len(chain) > 1:
-            raise NotMapped("the image is ours alone, its backing file is not")
-        return chain[0].size_bytes, [held]
+        locks = [held]
+        for link in chain[1:]:
+            locks.append(hold_frozen(link.path))
+            owned.callback(locks[-1].close)
+        if len(chain) > 1 and chain != chain_of(image, image_format, locked_by_us=True, past_cache=past_cache):
+            raise NotMapped("the backing chain changed while it was opened")
+        return chain[0].size_bytes, locks
     locks = [hold_frozen(image)]
     owned.callback(locks[0].close)
     chain = chain_of(image, image_format, locked_by_us=False, past_cache=past_cache)

@@ -11,7 +11,7 @@ from typing import Any
 import libvirt
 
 from agent.errors import HypervisorError, NoSuchDomain
-from agent.virt import checkpoints, guest_agent, inspection, machine, overlays, protection, views
+from agent.virt import checkpoints, guest_agent, inspection, machine, merging, overlays, protection, views
 from agent.virt.connection import Connection, errors_of
 from agent.virt.places import Places, lib_dir_of, log_and_run_dir_of
 from agent.virt.seam import (
@@ -242,6 +242,18 @@ class LibvirtHost:
         domain = self._connection.domain(uuid)
         with errors_of("undoing its protective snapshot", domain.name()):
             protection.unprotect(domain, snapshot, overlays, self._places)
+
+    def plan_protection(self, uuid: str, targets: Sequence[str], snapshot: str) -> tuple[Overlay, ...]:
+        """See `agent.virt.seam.Hypervisor.plan_protection`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("planning its snapshot", domain.name()):
+            return protection.plan(domain, targets, snapshot, self._places)
+
+    def merge_protection(self, uuid: str, snapshot: str, overlays: Sequence[Overlay], *, timeout_s: float) -> None:
+        """See `agent.virt.seam.Hypervisor.merge_protection`."""
+        domain = self._connection.domain(uuid)
+        with errors_of("merging its snapshot", domain.name()):
+            merging.merge_protection(domain, snapshot, overlays, self._places, timeout_s=timeout_s)
 
     def plan_overlays(self, uuid: str, targets: Sequence[str], tag: str) -> tuple[TrackOverlay, ...]:
         """See `agent.virt.seam.Hypervisor.plan_overlays`."""

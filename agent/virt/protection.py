@@ -46,8 +46,8 @@ def protect(
     """Take the snapshot; see `agent.virt.seam.Hypervisor.protect`."""
     check_snapshot(snapshot)
     facts, _ = _facts_when_off(domain)
-    known = _known_overlays(domain, facts, snapshot, places)
-    in_force = {target for target, overlay in known.items() if _stands(facts, overlay, places)}
+    known = known_overlays(domain, facts, snapshot, places)
+    in_force = {target for target, overlay in known.items() if stands(facts, overlay, places)}
     if known and in_force == set(known):
         # Fewer than asked for would leave a base unprotected; all disks of one snapshot change in one step.
         if not set(targets) <= in_force:
@@ -56,8 +56,8 @@ def protect(
     if in_force:
         raise _half_done(facts, snapshot)
     bases = {target: _base(facts, target) for target in targets}
-    _forget(domain, facts, snapshot)
-    _remove([overlay.overlay for overlay in known.values()])
+    forget(domain, facts, snapshot)
+    remove([overlay.overlay for overlay in known.values()])
     paths = overlay_paths(bases, snapshot, places.scratch_dir)
     _clear_way(facts, bases, paths, places)
     others = [drive for drive in facts.drives if drive not in paths]
@@ -72,6 +72,20 @@ def protect(
     )
 
 
+def plan(domain: Any, targets: Sequence[str], snapshot: str, places: Places) -> tuple[Overlay, ...]:
+    """See `agent.virt.seam.Hypervisor.plan_protection`."""
+    check_snapshot(snapshot)
+    facts, _ = _facts_when_off(domain)
+    known = known_overlays(domain, facts, snapshot, places)
+    bases = {target: _base(facts, target) for target in targets if target not in known}
+    paths = overlay_paths(bases, snapshot, places.scratch_dir)
+    fresh = {
+        target: Overlay(target=target, base=base.path, base_format=base.format, overlay=paths[target])
+        for target, base in bases.items()
+    }
+    return tuple((known | fresh)[target] for target in targets)
+
+
 def _half_done(facts: DomainFacts, snapshot: str) -> HypervisorError:
     return HypervisorError(
         f"VM {facts.name}: the snapshot {snapshot} covers only some of its disks: undo it before it is taken again.",
@@ -83,12 +97,12 @@ def _half_done(facts: DomainFacts, snapshot: str) -> HypervisorError:
 def unprotect(domain: Any, snapshot: str, overlays: Sequence[Overlay], places: Places) -> None:
     """Undo `protect`; see `agent.virt.seam.Hypervisor.unprotect`."""
     facts, xml = _facts_when_off(domain)
-    known = {overlay.target: overlay for overlay in overlays} | _known_overlays(domain, facts, snapshot, places)
-    older = _metadata_xml(domain, facts, snapshot)
+    known = {overlay.target: overlay for overlay in overlays} | known_overlays(domain, facts, snapshot, places)
+    older = metadata_xml(domain, facts, snapshot)
     bases: dict[str, ImageRef] = {}
     for overlay in known.values():
         disk = facts.disk(overlay.target)
-        if disk is None or disk.image is None or not _stands(facts, overlay, places):
+        if disk is None or disk.image is None or not stands(facts, overlay, places):
             continue
         if disk.image.path != overlay.overlay:
             raise HypervisorError(
@@ -96,13 +110,13 @@ def unprotect(domain: Any, snapshot: str, overlays: Sequence[Overlay], places: P
                 vm=facts.name,
                 snapshot=snapshot,
             )
-        bases[overlay.target] = _base_of(overlay, older)
+        bases[overlay.target] = base_of(overlay, older)
     if bases:
         with errors_of("pointing its disks back at their bases", facts.name):
             domain.connect().defineXML(point_disks_at(xml, bases, like=older))
-    _forget(domain, facts, snapshot)
+    forget(domain, facts, snapshot)
     stale = {overlay.overlay for overlay in known.values()}
-    _remove([*stale, *_strays(facts, {**_images(facts), **bases}, snapshot, places)])
+    remove([*stale, *_strays(facts, {**_images(facts), **bases}, snapshot, places)])
 
 
 def _facts_when_off(domain: Any) -> tuple[DomainFacts, str]:
@@ -126,7 +140,7 @@ def _base(facts: DomainFacts, target: str) -> ImageRef:
     return disk.image
 
 
-def _base_of(overlay: Overlay, metadata: str | None) -> ImageRef:
+def base_of(overlay: Overlay, metadata: str | None) -> ImageRef:
     """The overlay's base as a disk's source; the definition of before knows best, a device may be absent right now."""
     before = None if metadata is None else parse_snapshot(metadata).domain
     disk = None if before is None else before.disk(overlay.target)
@@ -139,7 +153,7 @@ def _images(facts: DomainFacts) -> dict[str, ImageRef]:
     return {disk.target: disk.image for disk in facts.disks if disk.image is not None}
 
 
-def _metadata_xml(domain: Any, facts: DomainFacts, snapshot: str) -> str | None:
+def metadata_xml(domain: Any, facts: DomainFacts, snapshot: str) -> str | None:
     with errors_of(f"looking up the snapshot {snapshot}", facts.name):
         for found in domain.listAllSnapshots(0):
             if found.getName() == snapshot:
@@ -148,9 +162,9 @@ def _metadata_xml(domain: Any, facts: DomainFacts, snapshot: str) -> str | None:
     return None
 
 
-def _known_overlays(domain: Any, facts: DomainFacts, snapshot: str, places: Places) -> dict[str, Overlay]:
+def known_overlays(domain: Any, facts: DomainFacts, snapshot: str, places: Places) -> dict[str, Overlay]:
     """The snapshot's overlays: from its metadata, or, where a crash prevented that, from the disks' present sources."""
-    xml = _metadata_xml(domain, facts, snapshot)
+    xml = metadata_xml(domain, facts, snapshot)
     if xml is not None:
         metadata = parse_snapshot(xml)
         if not is_ours(metadata.name, metadata.description):
@@ -183,7 +197,7 @@ def _overlay_by_name(disk: DiskFacts, snapshot: str, places: Places) -> Overlay 
     return None
 
 
-def _stands(facts: DomainFacts, overlay: Overlay, places: Places) -> bool:
+def stands(facts: DomainFacts, overlay: Overlay, places: Places) -> bool:
     """Whether the domain's disk reads through that overlay."""
     disk = facts.disk(overlay.target)
     if disk is None or disk.image is None or disk.image.path == overlay.base:
@@ -207,7 +221,7 @@ def _clear_way(facts: DomainFacts, bases: Mapping[str, ImageRef], paths: Mapping
                 vm=facts.name,
                 path=str(path),
             )
-        _remove([path])
+        remove([path])
 
 
 def _strays(facts: DomainFacts, bases: Mapping[str, ImageRef], snapshot: str, places: Places) -> list[Path]:
@@ -230,7 +244,7 @@ def _is_stray(path: Path, base: ImageRef, places: Places) -> bool:
     return len(chain) > 1 and chain[1].path == base.path
 
 
-def _forget(domain: Any, facts: DomainFacts, snapshot: str) -> None:
+def forget(domain: Any, facts: DomainFacts, snapshot: str) -> None:
     """Delete the snapshot's metadata; its files are ours to remove."""
     with errors_of(f"forgetting the snapshot {snapshot}", facts.name):
         for found in domain.listAllSnapshots(0):
@@ -238,7 +252,7 @@ def _forget(domain: Any, facts: DomainFacts, snapshot: str) -> None:
                 found.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
 
 
-def _remove(paths: Iterable[Path]) -> None:
+def remove(paths: Iterable[Path]) -> None:
     folders = set()
     for path in paths:
         try:

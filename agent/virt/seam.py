@@ -327,6 +327,20 @@ class Hypervisor(Protocol):
         """Undo `protect`: the shut-off domain's disks point at their bases again, snapshot metadata and overlay
         files are gone. Whatever the overlays hold is lost. Harmless when repeated or half done before."""
 
+    def plan_protection(self, uuid: str, targets: Sequence[str], snapshot: str) -> tuple[Overlay, ...]:
+        """What `protect` would do to these disks of the shut-off domain; changes nothing.
+
+        So that the caller can write down what it is about to do. Where the snapshot stands, its overlays are named.
+        """
+
+    def merge_protection(self, uuid: str, snapshot: str, overlays: Sequence[Overlay], *, timeout_s: float) -> None:
+        """Put what the overlays of `snapshot` hold into their bases, durably, while the domain runs; its disks are
+        their bases again, as they were defined before, the snapshot's metadata and the overlays' files are gone.
+
+        A block job for each disk, which is taken up again when it runs already. Harmless when repeated or half done
+        before. `timeout_s`: how long each may take; it is ended then, and nothing is lost.
+        """
+
     def plan_overlays(self, uuid: str, targets: Sequence[str], tag: str) -> tuple[TrackOverlay, ...]:
         """What `begin_overlays` would do to these disks of the running domain; changes nothing.
 

@@ -123,6 +123,12 @@ _OPTIONS = (
         "--create-missing", is_flag=True, help="Create the original's disks that only the replica has; sparse files."
     ),
     click.option(
+        "--protect-original/--no-protect-original",
+        default=None,
+        help="Keep the original as it is under a working snapshot, so that undo and cancel give it back byte for byte "
+        "and commit merges it away; or overwrite its disks in place, the default.",
+    ),
+    click.option(
         "--discard-divergence",
         is_flag=True,
         help="Go on though the original was written to after the failover; that is lost. --yes does not imply it.",
@@ -166,6 +172,7 @@ def chosen_options(
     allow_larger_target: bool,
     apply_config: bool,
     create_missing: bool,
+    protect_original: bool | None,
     discard_divergence: bool,
     limit_network: Rate | None,
     limit_read: Rate | None,
@@ -181,6 +188,7 @@ def chosen_options(
         allow_larger_target=allow_larger_target,
         apply_config=apply_config,
         create_missing=create_missing,
+        protect_original=protect_original,
         discard_divergence=discard_divergence,
         limits=RunLimits().changed(limit_network, limit_read),
         kill_after_s=kill_after_s,

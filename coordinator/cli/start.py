@@ -20,6 +20,7 @@ from coordinator.cli.working import close, watch_run, work_here
 from coordinator.errors import ExitCode
 from coordinator.events import Outcome
 from coordinator.model import Plan, RunOptions, State
+from coordinator.protecting import settled
 from coordinator.runs import Coordinator
 from coordinator.states import Verb
 
@@ -69,6 +70,7 @@ def command(
     show_plan(session.output, plan)
     if plan.refusals:
         return _refuse(session, plan)
+    options = settled(options, plan)
     session.output.say()
     if not session.confirm(f"Fail {pair} back now?", yes=yes, action="start"):
         raise Declined("not started, nothing was touched", pair=pair)

@@ -40,7 +40,8 @@ def command(
 ) -> int:
     """Take the failback of PAIR back: the original goes off, the replica serves again with exactly its own data.
 
-    Says how long the original ran; what it wrote since then stays behind on its disks. Then asks.
+    Says how long the original ran; what it wrote since then stays behind on its disks, or, where the run protected the
+    original (--protect-original), is dropped. Then asks.
 
     Where the production host is gone, nobody can prove that the original is off, and the replica stays off too. Only
     you can say so then, with --original-is-off and that host's name: the journal keeps your word, and the original is

@@ -76,6 +76,7 @@ from protocol.messages.orders import (
     FenceVm,
     KeepRestorePoint,
     LiftFence,
+    MergeProtection,
     MergeRestorePoint,
     OpenView,
     PoweredOff,
@@ -176,6 +177,7 @@ OrderRequest = (
     | Unprotect
     | KeepRestorePoint
     | MergeRestorePoint
+    | MergeProtection
     | AllowPass
     | RunPass
     | SetLimits
@@ -285,8 +287,8 @@ __all__ = [
     "HostDescription",
     "ImageDescription",
     "InspectVm",
-    "KeepRestorePoint",
     "KeepMachine",
+    "KeepRestorePoint",
     "LiftDescription",
     "LiftFence",
     "ListState",
@@ -294,6 +296,7 @@ __all__ = [
     "MachineOrder",
     "MachineShare",
     "MappedDisk",
+    "MergeProtection",
     "MergeRestorePoint",
     "OnTimeout",
     "OpenView",

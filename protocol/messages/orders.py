@@ -253,18 +253,37 @@ class Protected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protect:
-    """Take the protective snapshot of the shut-off, fenced replica; its new overlays are fenced as well."""
+    """Take the protective snapshot of the shut-off, fenced replica, or the working snapshot of the original; its new
+    overlays are fenced as well, and an original's are what passes write to from then on.
+
+    Of an original whose disks are torn none is taken (code ``torn``): it would give nothing back.
+    """
 
     order: Order
     vm_uuid: str
     targets: tuple[str, ...]
     snapshot: str
+    side: Side = Side.REPLICA
     reply: ClassVar[type] = Protected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unprotect:
-    """Drop the protective snapshot: the VM's disks are their bases again, exactly as they were."""
+    """Drop the snapshot: the shut-off VM's disks are their bases again, exactly as they were. The flag of an original's
+    disks is then *intact*, unless somebody wrote to a base. Harmless when repeated; refused once `MergeProtection` has
+    begun."""
+
+    order: Order
+    vm_uuid: str
+    snapshot: str
+    side: Side = Side.REPLICA
+    reply: ClassVar[type] = Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeProtection:
+    """Put what the overlays of the original's working snapshot hold into their bases, while it runs or with it off, and
+    remove them: its disks are defined as before the run, and hold what its guest wrote. Harmless when repeated."""
 
     order: Order
     vm_uuid: str

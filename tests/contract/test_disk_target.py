@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.disk.lock import HeldImage, hold_exclusive, image_in_use
+from agent.disk.lock import HeldImage, hold_exclusive, hold_frozen, image_in_use
 from agent.disk.mapped import MappedDisk
 from agent.disk.nbd import NbdDisk
 from agent.disk.open import open_source, open_target
@@ -248,15 +248,47 @@ def test_whatever_is_written_reads_are_right_beside_the_server(tmp_path: Path, c
         assert read(disk, 0, SIZE_BYTES) == expected
 
 
-def test_a_target_with_a_backing_file_is_left_to_qemu_from_the_start(tmp_path: Path) -> None:
-    run("qemu-img", "create", "-q", "-f", "raw", tmp_path / "base", "4M")
-    words = ("-o", f"backing_file={tmp_path / 'base'}", "-o", "backing_fmt=raw")
-    run("qemu-img", "create", "-q", "-f", "qcow2", *words, tmp_path / "image", "4M")
-    with closing(hold_exclusive(tmp_path / "image")) as held:
-        disk = open_target("vda", held, "qcow2", tmp_path)
-        assert disk.access == "NBD (the image is ours alone, its backing file is not)"
-        disk.write(0, NOISE)
-        disk.close()
+@pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+def test_a_target_over_a_frozen_base_is_read_through_both_and_leaves_the_base_alone(
+    tmp_path: Path, base_format: str
+) -> None:
+    base, top = tmp_path / "base", tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", base_format, base, str(SIZE_BYTES))
+    with closing(hold_exclusive(base)) as held:
+        below = open_target("vda", held, base_format, tmp_path)
+        below.write(MIB, NOISE[:MIB])
+        below.close()
+    before = base.read_bytes()
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", base_format, top, str(SIZE_BYTES))
+    expected = bytearray(SIZE_BYTES)
+    expected[MIB : 2 * MIB] = NOISE[:MIB]
+    chance = random.Random(1)
+    with (
+        closing(hold_frozen(base)),
+        closing(hold_exclusive(top)) as held,
+        closing(open_target("vda", held, "qcow2", tmp_path)) as disk,
+    ):
+        assert disk.access == "cluster map"
+        assert read(disk, 0, SIZE_BYTES) == expected
+        for _ in range(60):
+            offset = chance.randrange(SIZE_BYTES // 512) * 512
+            length = min(chance.choice([512, 4096, 64 * 1024]), SIZE_BYTES - offset)
+            if chance.randrange(2):
+                disk.write(offset, NOISE[:length])
+                expected[offset : offset + length] = NOISE[:length]
+            else:
+                disk.write_zeroes(offset, length)
+                expected[offset : offset + length] = bytes(length)
+        assert read(disk, 0, SIZE_BYTES) == expected
+    assert base.read_bytes() == before
+
+
+def test_a_target_over_a_base_that_somebody_may_write_is_left_to_qemu_from_the_start(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "raw", base, "4M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top, "4M")
+    with closing(hold_exclusive(base)), closing(hold_exclusive(top)) as held, pytest.raises(DiskError):
+        open_target("vda", held, "qcow2", tmp_path)
 
 
 def test_a_source_whose_path_is_given_to_another_file_is_found_out(image: Path) -> None:

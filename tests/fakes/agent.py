@@ -51,8 +51,9 @@ from protocol.messages import (
     KeepRestorePoint,
     LiftDescription,
     LiftFence,
-    MergeRestorePoint,
     MachineOrder,
+    MergeProtection,
+    MergeRestorePoint,
     OnTimeout,
     OpenView,
     OrderRequest,
@@ -409,10 +410,12 @@ class World:
             case Protect():
                 assert vm.is_off, "snapshot of a running VM"
                 assert vm.fence is not None, "snapshot of a VM without a fence"
-                if self.records.checkpoints:
+                if request.side is Side.ORIGINAL and vm.condition is Condition.TORN:
+                    raise AgentRefused("torn", code="torn")
+                if self.records.checkpoints and vm is self.replica:
                     raise AgentRefused("cannot perform block operations while checkpoint exists", code="hypervisor")
                 vm.snapshots.setdefault(request.snapshot, dict(vm.disks))
-                if self.records.lost_late:
+                if self.records.lost_late and vm is self.replica:
                     self.records.lost_late = False
                     self.records.kill()
                 disks = tuple(
@@ -432,6 +435,12 @@ class World:
                 return Done()
             case Unprotect():
                 assert vm.is_off, "snapshot dropped under a running VM"
+                before = vm.snapshots.pop(request.snapshot, None)
+                if request.side is Side.ORIGINAL and before is not None:
+                    assert vm.fence is not None, "an original without a fence is given back"
+                    vm.disks, vm.condition, vm.view = before, Condition.INTACT, None
+                return Done()
+            case MergeProtection():
                 vm.snapshots.pop(request.snapshot, None)
                 return Done()
             case DropCheckpoints():

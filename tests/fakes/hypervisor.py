@@ -420,6 +420,32 @@ class FakeHypervisor:
             for overlay in known.values():
                 overlay.overlay.unlink(missing_ok=True)
 
+    def plan_protection(self, uuid: str, targets: Sequence[str], snapshot: str) -> tuple[Overlay, ...]:
+        check_snapshot(snapshot)
+        with self._domain(uuid) as domain:
+            _require_off(domain)
+            known = {o.target: o for s in domain.snapshots if s.name == snapshot for o in s.overlays}
+            bases = {target: _disk(domain, target) for target in targets if target not in known}
+            refs = {target: ImageRef(path=base.path, format=base.format) for target, base in bases.items()}
+            paths = overlay_paths(refs, snapshot, self.machine.folder)
+            fresh = {
+                target: Overlay(target=target, base=base.path, base_format=base.format, overlay=paths[target])
+                for target, base in bases.items()
+            }
+            return tuple((known | fresh)[target] for target in targets)
+
+    def merge_protection(self, uuid: str, snapshot: str, overlays: Sequence[Overlay], *, timeout_s: float) -> None:
+        with self._domain(uuid) as domain:
+            if domain.state is PowerState.OFF:
+                raise HypervisorError(f"VM {domain.name} is off.", vm=domain.name)
+            for overlay in overlays:
+                top = _disk(domain, overlay.target)
+                if top.path == overlay.overlay and top.backing is not None:
+                    shutil.copyfile(overlay.overlay, overlay.base)
+                    domain.disks[overlay.target] = top.backing
+                overlay.overlay.unlink(missing_ok=True)
+            domain.snapshots = [s for s in domain.snapshots if s.name != snapshot]
+
     def plan_overlays(self, uuid: str, targets: Sequence[str], tag: str) -> tuple[TrackOverlay, ...]:
         check_tag(tag)
         with self._domain(uuid) as domain:

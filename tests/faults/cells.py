@@ -16,6 +16,8 @@ from tests.faults.verbs import Verb
 
 START: tuple[str, ...] = ("start", "--yes", "--foreground", "--power-on", "--discard-divergence")
 START += ("--shutdown-timeout", "10s", "--late-evidence", "proceed")
+PROTECTED: tuple[str, ...] = (*START, "--protect-original")
+"""The same, with the original under a working snapshot: what is committed or undone is such a run."""
 RESTING = frozenset({"Failover", "Failback", "Ready"})
 MOST_ATTEMPTS = 6
 VERB_S = 90.0
@@ -91,13 +93,14 @@ def come_to(rig: Rig, boundary: Boundary) -> Verb:
     """A verb that stands still at the boundary."""
     pair = rig.pair.name
     stops = (boundary.stop,)
+    start = PROTECTED if boundary.step in ("protect_original", "merge_original") else START
     match boundary.way:
         case Way.RUN:
-            verb = rig.verbs.start(*START, "--verify", "full", pair, stops=stops)
+            verb = rig.verbs.start(*start, "--verify", "full", pair, stops=stops)
         case Way.COMMIT:
             words = ["commit", "--yes", "--restore-point", "drop"]
             if boundary.step == "end_audit":
-                first = rig.verbs.start(*START, pair, stops=[("audit", "do", "intent")])
+                first = rig.verbs.start(*start, pair, stops=[("audit", "do", "intent")])
                 _stands(first)
                 first.kill()
                 words.append("--no-wait-audit")
@@ -105,16 +108,17 @@ def come_to(rig: Rig, boundary: Boundary) -> Verb:
         case Way.UNDO:
             verb = rig.verbs.start("undo", "--yes", pair, stops=stops)
         case Way.CANCEL:
-            first = rig.verbs.start(*START, "--switch", "manual", pair)
+            first = rig.verbs.start(*start, "--switch", "manual", pair)
             rig.wait_until(lambda: rig.state() == "Ready to switch" or first.code is not None, "never ready to switch")
             os.kill(first.pid, 2)
             first.wait(VERB_S)
             verb = rig.verbs.start("cancel", pair, stops=stops)
         case Way.ROLL_BACK:
-            verb = rig.verbs.start(*START, pair, stops=[("verify", "do", "intent"), *stops])
+            verb = rig.verbs.start(*start, pair, stops=[("verify", "do", "intent"), *stops])
             _stands(verb)
+            tops = rig.pair.original.sources()
             for disk in rig.pair.original.disks:
-                os.utime(disk.path)  # somebody was at the disks: the switchover must not go on
+                os.utime(tops[disk.target])  # somebody was at the disks: the switchover must not go on
             verb.go_on()
     _stands(verb)
     return verb

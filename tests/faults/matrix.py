@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.faults.boundaries import Boundary, Way, boundaries
-from tests.faults.cells import START, Cell, Outcome, run_cell
+from tests.faults.cells import PROTECTED, Cell, Outcome, run_cell
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.rig import Rig
 
@@ -103,7 +103,7 @@ def _move_on(rig: Rig) -> None:
         case _:
             rig.serve()
             rig.write()
-            rig.verbs.must(*START, pair)
+            rig.verbs.must(*PROTECTED, pair)
 
 
 def _start_over(rig: Rig) -> None:

@@ -73,9 +73,12 @@ class LabPair:
     replica: LabVm
 
     def assert_same_disks(self) -> None:
-        """The original's disks hold what the replica's bases hold, says ``qemu-img compare``."""
+        """The original's disks hold what the replica's bases hold, says ``qemu-img compare``; under a working
+        snapshot they are its overlays."""
+        tops = self.original.sources()
         for a, b in zip(self.original.disks, self.replica.disks, strict=True):
-            disks.assert_same(a.path, a.format, b.path, b.format, locked=True)
+            top = tops[a.target]
+            disks.assert_same(top, a.format if top == a.path else "qcow2", b.path, b.format, locked=True)
 
 
 @dataclass

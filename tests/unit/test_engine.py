@@ -472,6 +472,58 @@ class TestRegistration:
         assert max(i for i, kind in enumerate(kinds) if kind is RunPass) < kinds.index(LiftFence) < kinds.index(PowerOn)
 
 
+class TestProtectedOriginal:
+    OPTIONS = RunOptions(protect_original=True)
+
+    async def test_cancel_gives_the_old_original_back_whole(self, house: House) -> None:
+        world, before = house.world, dict(house.world.original.disks)
+
+        def cut(_host: str, request: Request, moment: str) -> None:
+            if isinstance(request, RunPass) and moment == "midway":
+                raise AgentRefused("the link was cut", code="link")
+
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, self.OPTIONS)
+            world.fault = cut
+            await coordinator.execute_run(PAIR)
+            world.fault = lambda _host, _request, _moment: None
+            assert world.original.condition is Condition.TORN
+            outcome = await coordinator.cancel(PAIR)
+            pair = await coordinator.get_pair(PAIR)
+        assert (outcome.state, pair.flag.condition) == (State.FAILOVER, "intact")
+        assert (world.original.disks, world.original.fence) == (before, None)
+
+    async def test_undo_gives_the_old_original_back_and_commit_merges(self, house: House) -> None:
+        world, before = house.world, dict(house.world.original.disks)
+        async with house.process() as coordinator:
+            for verb in ("undo", "commit"):
+                await coordinator.start_run(PAIR, self.OPTIONS)
+                assert (await coordinator.execute_run(PAIR)).state is State.FAILBACK
+                assert world.original.snapshots
+                if verb == "undo":
+                    await coordinator.undo(PAIR)
+                    assert world.original.disks == before
+                else:
+                    await coordinator.commit(PAIR, RestorePoint.DROP)
+                    assert world.original.disks != before
+                assert not world.original.snapshots
+
+    async def test_the_replica_serves_again_though_the_originals_host_is_gone(self, house: House) -> None:
+        world = house.world
+        async with house.process() as coordinator:
+            await coordinator.start_run(PAIR, self.OPTIONS)
+
+            def die(_host: str, request: Request, moment: str) -> None:
+                if isinstance(request, Protect) and request.vm_uuid == world.replica.uuid and moment == "before":
+                    world.away.add("prod")
+
+            world.fault = die
+            outcome = await coordinator.execute_run(PAIR)
+        assert outcome.state is State.FAILOVER
+        assert world.replica.power is Power.RUNNING
+        assert world.original.snapshots  # the next run drops it
+
+
 def test_the_world_notices_two_running_vms() -> None:
     world = World()
     world.original.power = Power.RUNNING
