@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from coordinator.model import RunOptions
 
-JOURNAL_FORMAT = 2
+JOURNAL_FORMAT = 3
 """What step names, records and options of a run mean. Raised when a run's journal says something that an earlier
-version would misread: 1, from before there was `RunOptions.on_failure`; 2. A run of a higher one is left to its
-version."""
+version would misread: 1, from before there was `RunOptions.on_failure`; 2, from before `RunOptions.to`; 3. A run of a
+higher one is left to its version."""
 
 
 class EntryKind(enum.Enum):

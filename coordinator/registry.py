@@ -6,7 +6,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from coordinator import schema
 from coordinator.errors import CoordinatorError, ExitCode, UsageError
-from coordinator.model import DiskPair, Newest, OperatorCall, OriginalFlag, Pair, State, VmRef
+from coordinator.model import DiskPair, FormerOriginal, Newest, OperatorCall, OriginalFlag, Pair, State, VmRef
 from coordinator.plain import from_json, one_of, to_json
 from coordinator.states import check_move
 from protocol.messages import HostDescription
@@ -144,6 +144,7 @@ def _columns(pair: Pair) -> dict[str, str | int | bool | None]:
         "run": pair.run,
         "original_autostart": pair.original_autostart,
         "operator": None if pair.operator is None else to_json(pair.operator),
+        "former": None if pair.former is None else to_json(pair.former),
     }
 
 
@@ -161,4 +162,5 @@ def _pair(row: Row[tuple[object, ...]]) -> Pair:
         run=row.run,
         original_autostart=row.original_autostart,
         operator=None if row.operator is None else from_json(row.operator, OperatorCall),
+        former=None if row.former is None else from_json(row.former, FormerOriginal),
     )
