@@ -100,6 +100,7 @@ class Doctor:
         hosts = {ref.host for pair in asked for ref in (pair.original, pair.replica)}
         if name is None:
             hosts |= set(self.config.hosts)
+        hosts |= {duty.vm.host for duty in await self.store.read(duties.owed) if name in (None, duty.pair)}
         pairs = tuple([await self._pair(pair) for pair in asked])
         return Health(
             pairs=pairs,

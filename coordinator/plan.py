@@ -40,7 +40,7 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         refusals=find_refusals(case),
         disks=tuple(_planned(case, here, there) for here, there in case.found_pairs()),
         steps=tuple(planned_steps(case)),
-        notes=(*divergence_notes(case), *_notes(case)),
+        notes=(*(() if pair.former is not None else divergence_notes(case)), *_notes(case)),
         estimate=estimate(case),
         rooms=rooms(case),
     )

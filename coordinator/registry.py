@@ -39,7 +39,8 @@ def find_pair(connection: Connection, name: str) -> Pair | None:
 
 def _check_free(connection: Connection, pair: Pair) -> None:
     for other in list_pairs(connection):
-        taken = {(vm.host, vm.uuid) for vm in (other.original, other.replica)}
+        former = () if other.former is None else (other.former.vm,)
+        taken = {(vm.host, vm.uuid) for vm in (other.original, other.replica, *former)}
         for vm in (pair.original, pair.replica):
             if other.name != pair.name and (vm.host, vm.uuid) in taken:
                 raise UsageError(
@@ -110,6 +111,12 @@ def set_original_autostart(connection: Connection, name: str, epoch: int, before
     """Remember the original's autostart from before runs took it away; None: it has been given back."""
     check_epoch(connection, name, epoch)
     _set(connection, name, original_autostart=before)
+
+
+def set_former(connection: Connection, name: str, epoch: int, former: FormerOriginal) -> None:
+    """Write what is known of the original that the pair moves away from."""
+    check_epoch(connection, name, epoch)
+    _set(connection, name, former=to_json(former))
 
 
 def see_host(connection: Connection, description: HostDescription, at_s: float) -> None:

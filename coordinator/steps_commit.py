@@ -9,6 +9,7 @@ from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
+from coordinator.steps_move import KeepFormerOff
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, LiftFence, Side, Unprotect
@@ -89,6 +90,7 @@ class ResumeReplication(Step):
 
 COMMIT_STEPS: tuple[Step, ...] = (
     EndAudit(),
+    KeepFormerOff(),
     DropRestorePoint(),
     ForgetRecords(),
     ReleaseReplica(),

@@ -30,6 +30,7 @@ from coordinator.cli import (
     pairs,
     pki,
     plan,
+    readmit,
     register,
     resume,
     start,
@@ -220,6 +221,7 @@ for verb in (
     doctor,
     adopt,
     forget,
+    readmit,
     pki,
     completion,
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -215,8 +216,11 @@ def chosen_options(
 
 async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions, *, estimate: bool = True) -> Plan:
     """Ask both agents and make the plan; changes nothing. `estimate`: sample the disks, which takes some seconds."""
-    known = await coordinator.get_pair(pair)
-    return make_plan(known, await coordinator.findings(pair, sampled=estimate), options)
+    sought = await coordinator.destination(pair, options)
+    if sought.pair is None:
+        return Plan(pair=pair, refusals=sought.refusals, disks=(), steps=())
+    plan = make_plan(sought.pair, await coordinator.findings(pair, sampled=estimate, wanted=sought.pair), options)
+    return replace(plan, refusals=(*sought.refusals, *plan.refusals), notes=(*sought.notes, *plan.notes))
 
 
 def refused(plan: Plan) -> Refused:
