@@ -80,10 +80,11 @@ def _why_not_tracked(case: Case, replica: DiskCase) -> str:
 
 def _notes(case: Case) -> Iterator[str]:
     original, replica = case.pair.original, case.pair.replica
-    yield (
-        f"The disks of the original {original.name} are overwritten in place: from the first write on, until they are "
-        "verified, no bootable copy of the original remains if the replica is lost."
-    )
+    if case.pair.former is None:
+        yield (
+            f"The disks of the original {original.name} are overwritten in place: from the first write on, until they "
+            "are verified, no bootable copy of the original remains if the replica is lost."
+        )
     if case.pair.flag.condition == Condition.TORN.value:
         yield (
             "The original is torn already: an earlier run wrote to it and did not finish, so it must not boot until "

@@ -171,8 +171,8 @@ class Coordinator:
             found = [e for e in exclusions.listed(connection) if e.vm.host == host and vm in (e.vm.name, e.vm.uuid)]
             if len(found) != 1:
                 raise UsageError(
-                    f"{host}/{vm} is {'not' if not found else 'more than once'} on the exclusion list: `failback pairs` "
-                    "shows it; name the VM by its UUID where a name is there twice",
+                    f"{host}/{vm} is {'not' if not found else 'more than once'} on the exclusion list: `failback "
+                    "pairs` shows it; name the VM by its UUID where a name is there twice",
                     code="not-excluded",
                 )
             if any(duty.vm == found[0].vm for duty in owed(connection)):
