@@ -56,7 +56,7 @@ def test_the_restored_vm_boots_with_everything_and_commit_excludes_the_original(
     refused = site.failback(
         "register", "again", "--original", "prod/moved", "--replica", f"prod/{vm.name}", exit_code=3
     )
-    assert refused["code"] == "excluded"
+    assert refused["error"]["code"] == "excluded", refused
 
 
 def test_undo_after_the_restored_vm_ran_gives_both_the_replica_and_the_original_back(site: Site) -> None:
