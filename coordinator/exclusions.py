@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection, delete, insert, select
 
-from coordinator import schema
-from coordinator.errors import Refused
+from coordinator import duties, schema
+from coordinator.errors import Refused, UsageError, WrongState
 from coordinator.model import Refusal, VmRef
 from coordinator.plain import from_json, one_of, to_json
 
@@ -102,6 +102,30 @@ def remove(connection: Connection, vm: VmRef) -> bool:
         return False
     connection.execute(delete(table).where(table.c.vm == to_json(found.vm)))
     return True
+
+
+def readmit(connection: Connection, host: str, vm: str) -> Exclusion:
+    """Take the VM of that name or UUID off the list.
+
+    Raises:
+        UsageError: it is not on the list, or more than one of that name is; `WrongState`: its fence is pending.
+    """
+    found = [each for each in listed(connection) if each.vm.host == host and vm in (each.vm.name, each.vm.uuid)]
+    if len(found) != 1:
+        how = "more than once" if found else "not"
+        raise UsageError(
+            f"{host}/{vm} is {how} on the exclusion list: `failback pairs` shows it; name the VM by its UUID where a "
+            "name is there twice",
+            code="not-excluded",
+        )
+    if any(duty.vm == found[0].vm for duty in duties.owed(connection)):
+        raise WrongState(
+            f"{vm} on {host} cannot be readmitted while its fence is pending: bring {host} back, and `failback doctor` "
+            "places it",
+            code="fence-pending",
+        )
+    remove(connection, found[0].vm)
+    return found[0]
 
 
 def check(connection: Connection, *vms: VmRef, allowed: frozenset[Why] = frozenset()) -> None:

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Self
 
 import trio
-from sqlalchemy import Connection
 
 from coordinator import exclusions, journal, pair_holder, registry, takeover
 from coordinator.agents import AgentDirectory, open_agents
@@ -166,25 +165,7 @@ class Coordinator:
         Raises:
             UsageError: it is not on the list; `WrongState`: its fence is pending, or its pair's run is not final.
         """
-
-        def work(connection: Connection) -> Exclusion:
-            found = [e for e in exclusions.listed(connection) if e.vm.host == host and vm in (e.vm.name, e.vm.uuid)]
-            if len(found) != 1:
-                raise UsageError(
-                    f"{host}/{vm} is {'not' if not found else 'more than once'} on the exclusion list: `failback "
-                    "pairs` shows it; name the VM by its UUID where a name is there twice",
-                    code="not-excluded",
-                )
-            if any(duty.vm == found[0].vm for duty in owed(connection)):
-                raise WrongState(
-                    f"{vm} on {host} cannot be readmitted while its fence is pending: bring {host} back, and "
-                    "`failback doctor` places it",
-                    code="fence-pending",
-                )
-            exclusions.remove(connection, found[0].vm)
-            return found[0]
-
-        return await self._db.write(work)
+        return await self._db.write(lambda connection: exclusions.readmit(connection, host, vm))
 
     async def get_pair(self, pair: str) -> Pair:
         """The pair of that name; `UsageError` when there is none."""

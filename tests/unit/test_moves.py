@@ -7,9 +7,20 @@ from pathlib import Path
 import pytest
 
 from coordinator import duties, exclusions, registry
-from coordinator.errors import Refused, UsageError, WrongState
+from coordinator.differences import differences
+from coordinator.errors import AgentRefused, Refused, UsageError, WrongState
 from coordinator.exclusions import Why
-from coordinator.model import Destination, Home, Pair, PairRequest, RestorePoint, RunOptions, State
+from coordinator.model import (
+    Destination,
+    DiskPair,
+    Home,
+    OriginalFlag,
+    Pair,
+    PairRequest,
+    RestorePoint,
+    RunOptions,
+    State,
+)
 from coordinator.runs import Coordinator
 from protocol.messages import Condition, FenceVm, Power, Request
 from tests.fakes.agent import FakeVm, World
@@ -131,7 +142,7 @@ class TestToTheEnd:
         world = moved_world(targets=("sda",))
         assert world.former is not None
         world.former.disks, world.replica.disks = {"vda": b"old"}, {"sda": b"old"}
-        house = House(memory_folder / "state", world)
+        house, before = House(memory_folder / "state", world), (DiskPair(original="vda", replica="sda"),)
         async with house.process() as coordinator:
             await coordinator.register_pair(
                 PairRequest(
@@ -140,7 +151,7 @@ class TestToTheEnd:
                     original_vm="web",
                     replica_host="dr",
                     replica_vm="web",
-                    disks=(before := pair_disks("vda", "sda"),)[0],
+                    disks=before,
                     in_failover=True,
                 )
             )
@@ -150,10 +161,6 @@ class TestToTheEnd:
             await coordinator.undo(PAIR)
             assert {line.original for line in (await coordinator.report(PAIR)).disks} == {"sda"}
         assert pair_of(house).disks == before
-
-
-def pair_disks(original: str, replica: str) -> tuple[registry.DiskPair, ...]:
-    return (registry.DiskPair(original=original, replica=replica),)
 
 
 class TestRefusals:
@@ -190,7 +197,6 @@ class TestRefusals:
             )
             with pytest.raises(UsageError, match="belongs to the pair web"):
                 await coordinator.register_pair(other)  # its replica is taken: one VM is in one pair
-        house.read(lambda _connection: None)
         async with house.process() as coordinator:
             await coordinator.start_run(PAIR, OPTIONS)
             with pytest.raises(UsageError, match="belongs to the pair web"):
@@ -255,7 +261,19 @@ class TestExclusion:
         async with house.process() as coordinator:
             await coordinator.doctor().forget(PAIR)
             assert await coordinator.list_pairs() == ()
+            # Its fence is known for what it is, though its pair is not.
+            assert [
+                d.code for d in differences(await coordinator.doctor().examine()) if d.code == "unknown-fence"
+            ] == []
         assert [left.pair for left in house.read(exclusions.listed)] == [PAIR]
+
+    async def test_doctor_tells_of_one_that_nothing_keeps_off(self, house: House) -> None:
+        await self.committed(house)
+        former_of(house).fence = None
+        async with house.process() as coordinator:
+            told = differences(await coordinator.doctor().examine())
+        (loose,) = [d for d in told if d.code == "excluded-unfenced"]
+        assert "nothing keeps web on prod off" in loose.sentence
 
 
 class TestPendingFence:
@@ -270,9 +288,14 @@ class TestPendingFence:
             with pytest.raises(WrongState, match="while its fence is pending"):
                 await coordinator.readmit("prod", "web")
         assert former_of(house).fence is None
+        async with house.process() as coordinator:
+            told = differences(await coordinator.doctor().examine(PAIR))
+        (pending,) = [d for d in told if d.code == "fence-pending"]
+        assert pending.cure == "bring prod back, then failback doctor web"
         house.world.away.clear()
         async with house.process() as coordinator:
-            await coordinator.doctor().examine()
+            health = await coordinator.doctor().examine()
+        assert [d.code for d in differences(health) if d.code in ("fence-pending", "excluded-unfenced")] == []
         assert former_of(house).fence is not None
         assert house.read(duties.owed) == ()
         async with house.process() as coordinator:
@@ -313,7 +336,7 @@ class TestPendingFence:
     async def test_a_fence_that_cannot_be_taken_stops_the_run_before_anything_is_written(self, house: House) -> None:
         def refuses(host: str, request: Request, moment: str) -> None:
             if host == "prod" and isinstance(request, FenceVm) and moment == "before":
-                raise duties.AgentRefused("another process holds /vda: end it", code="disk-busy")
+                raise AgentRefused("another process holds /vda: end it", code="disk-busy")
 
         async with house.process() as coordinator:
             await coordinator.start_run(PAIR, OPTIONS)
@@ -419,5 +442,5 @@ def test_a_torn_former_original_stays_torn_and_fenced_when_the_run_is_taken_back
 
 async def _call_torn(coordinator: Coordinator) -> None:
     pair = await coordinator.get_pair(PAIR)
-    flag = registry.OriginalFlag(condition=Condition.TORN.value)
+    flag = OriginalFlag(condition=Condition.TORN.value)
     await coordinator._db.write(lambda connection: registry.set_flag(connection, PAIR, pair.epoch, flag))
