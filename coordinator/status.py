@@ -45,7 +45,7 @@ class PairStatus:
         waiting: what a run that could switch waits for; None while it does not.
         owed: what must be done at the first contact with a host before anything else there, a sentence each.
         former: while a run to another place is not final: what the original was before, and whether it is kept off.
-        excluded: VMs that runs of this pair left behind, a sentence each.
+        left_behind: VMs that runs of this pair left behind, a sentence each.
         outcome, reason: how the run ended (see `coordinator.entries.RunRecord`); None and empty while it has not.
     """
 
@@ -76,7 +76,7 @@ class PairStatus:
     waiting: str | None = None
     owed: tuple[str, ...] = ()
     former: str | None = None
-    excluded: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         operator=pair.operator,
         owed=tuple(duty.sentence for duty in duties.owed(connection, name)),
         former=None if pair.former is None else former_words(pair.former),
-        excluded=tuple(each.sentence for each in exclusions.listed(connection) if each.pair == name),
+        left_behind=tuple(each.sentence for each in exclusions.listed(connection) if each.pair == name),
         limits=in_force(run, log) if run is not None else RunLimits(),
         audit=audit,
         outcome=run.outcome if run is not None else None,

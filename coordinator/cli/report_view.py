@@ -157,7 +157,7 @@ def show_status(output: Output, status: PairStatus) -> None:
     if status.operator is not None:
         rows.append(("Operator", status.operator.sentence))
     rows += [("Owed", sentence) for sentence in status.owed]
-    rows += [("Left behind", sentence) for sentence in status.excluded]
+    rows += [("Left behind", sentence) for sentence in status.left_behind]
     output.show(facts(rows))
     if status.progress is not None:
         output.show(bars(status.progress))

@@ -73,7 +73,7 @@ def test_undo_after_the_restored_vm_ran_gives_both_the_replica_and_the_original_
     _assert_kept_off(vm)
     status = site.failback("status", pair.name)
     assert (status["state"], status["former"]) == ("Failover", None)
-    assert status["pair"]["original"]["name"] == pair.name
+    assert status["original"]["name"] == pair.name
     assert _checksums(pair.original) == old
     # In place works as ever afterwards, byte for byte.
     site.failback(*START, "--no-power-on", pair.name)

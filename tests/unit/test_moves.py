@@ -421,6 +421,7 @@ class TestCommandLine:
         assert command("commit", "web", "--yes").exit_code == 0
         (left,) = command.json("pairs")["excluded"]
         assert left["why"] == "former"
+        assert "former original of web" in command.json("status", "web")["left_behind"][0]
         assert "Left behind" in command("status", "web").output
         assert command("readmit", "prod/web", "--yes").exit_code == 0
         assert command.json("pairs")["excluded"] == []
