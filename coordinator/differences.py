@@ -85,7 +85,7 @@ class _Side:
 
 def differences(health: Health) -> tuple[Difference, ...]:
     """Everything, the most serious first."""
-    found = [*_of_hosts(health), *_of_coordinator(health)]
+    found = [*_of_hosts(health), *_of_coordinator(health), *_left_behind(health)]
     for each in health.pairs:
         found += _of_pair(each, health)
     order = list(Severity)
@@ -142,7 +142,8 @@ def _strays(host: str, held: Holdings, health: Health) -> Iterator[Difference]:
             other = {known.mapping.original.host, known.mapping.replica.host}
             yield _made("unknown-pair", Severity.WARNING, host, text, f"failback adopt {' '.join(sorted(other))}")
     for fence in held.fences:
-        if fence.pair not in health.known:
+        left = any((e.vm.host, e.vm.uuid) == (host, fence.vm_uuid) for e in health.excluded)
+        if fence.pair not in health.known and not left:
             text = f"{fence.vm or fence.vm_uuid} on {host} is fenced for the pair {fence.pair}, which is not registered"
             yield _made("unknown-fence", Severity.DANGER, host, text, "failback adopt with both of its hosts")
     for disk in held.disks:
@@ -153,6 +154,22 @@ def _strays(host: str, held: Holdings, health: Health) -> Iterator[Difference]:
     if any(r.kind is RemnantKind.SOCKET for r in held.remnants):
         text = f"sockets of an earlier agent are left on {host}"
         yield _made("socket", Severity.NOTE, host, text, "the next --clean of a pair on that host removes them")
+
+
+def _left_behind(health: Health) -> Iterator[Difference]:
+    """What moves left behind: fences that are pending, and VMs on the exclusion list that nothing keeps off."""
+    for duty in health.owed:
+        cure = f"bring {duty.vm.host} back, then failback doctor {duty.pair}"
+        yield _made("fence-pending", Severity.DANGER, duty.pair, duty.sentence, cure)
+    pending = {(duty.vm.host, duty.vm.uuid) for duty in health.owed}
+    for each in health.excluded:
+        held, key = health.hosts.get(each.vm.host), (each.vm.host, each.vm.uuid)
+        if not isinstance(held, Holdings) or key in pending:
+            continue
+        if all(fence.vm_uuid != each.vm.uuid for fence in held.fences):
+            text = f"nothing keeps {each.vm.name} on {each.vm.host} off, which a run of {each.pair} left behind"
+            cure = f"undefine it there, or failback readmit {each.vm.host}/{each.vm.name} if it is to be used"
+            yield _made("excluded-unfenced", Severity.WARNING, each.pair, text, cure)
 
 
 def _of_coordinator(health: Health) -> Iterator[Difference]:

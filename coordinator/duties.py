@@ -9,7 +9,7 @@ else is asked about it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from sqlalchemy import Connection, Row, delete, insert, select
@@ -19,6 +19,7 @@ from coordinator.agents import QUESTION_TIMEOUT_S, Agent, AgentDirectory, Naming
 from coordinator.clock import Clock
 from coordinator.entries import EntryKind, JournalEntry, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
+from coordinator.findings import NO_VM
 from coordinator.model import OriginalFlag, VmRef
 from coordinator.plain import from_json, to_json
 from coordinator.store import Store
@@ -55,7 +56,8 @@ SHUTDOWN_TIMEOUT_S, KILL_AFTER_S = 60.0, 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duty:
-    """An original to fence. `actor`, `said_s` (wall time): who called it off, and when; `epoch`: the pair's now."""
+    """An original to fence. `actor`, `said_s` (wall time): who called it off, and when; `epoch`: the pair's now;
+    `former`: it is not the pair's original (any more)."""
 
     id: int
     pair: str
@@ -65,10 +67,21 @@ class Duty:
     targets: tuple[str, ...]
     actor: str
     said_s: float
+    former: bool = False
+
+    @property
+    def title(self) -> str:
+        """What it is to the pair."""
+        return "former original" if self.former else "original"
 
     @property
     def sentence(self) -> str:
         """What is owed, for people."""
+        if self.former:
+            return (
+                f"the fence of {self.vm.name} on {self.vm.host}, which the pair {self.pair} moved away from unseen, is "
+                f"pending: it is powered off and fenced there at the first contact with {self.vm.host}; do not start it"
+            )
         return (
             f"the original {self.vm.name} on {self.vm.host}, called off by {self.actor} and proven by nobody, is "
             f"powered off and fenced there at the first contact with {self.vm.host}; do not start it"
@@ -88,22 +101,35 @@ def add(connection: Connection, duty: Duty) -> None:
 
 def owed(connection: Connection, pair: str | None = None) -> tuple[Duty, ...]:
     """What is owed, of one pair or of all, oldest first."""
-    query = select(schema.duties, schema.pairs.c.epoch).join(schema.pairs).order_by(schema.duties.c.id)
+    query = (
+        select(schema.duties, schema.pairs.c.epoch, schema.pairs.c.original)
+        .join(schema.pairs)
+        .order_by(schema.duties.c.id)
+    )
     if pair is not None:
         query = query.where(schema.duties.c.pair == pair)
     return tuple(_duty(row) for row in connection.execute(query))
 
 
+def drop(connection: Connection, vm: VmRef, run: str) -> None:
+    """It is owed no more: the run that owed it is taken back."""
+    for duty in owed(connection):
+        if (duty.vm, duty.run) == (vm, run):
+            connection.execute(delete(schema.duties).where(schema.duties.c.id == duty.id))
+
+
 def _duty(row: Row[tuple[object, ...]]) -> Duty:
+    vm = from_json(row.vm, VmRef)
     return Duty(
         id=row.id,
         pair=row.pair,
         run=row.run,
         epoch=row.epoch,
-        vm=from_json(row.vm, VmRef),
+        vm=vm,
         targets=from_json(row.targets, tuple[str, ...]),
         actor=row.actor,
         said_s=row.said_s,
+        former=from_json(row.original, VmRef) != vm,
     )
 
 
@@ -113,6 +139,8 @@ def _settle(connection: Connection, duty: Duty, flag: OriginalFlag, entry: Journ
     pair = registry.get_pair(connection, duty.pair)
     if pair.original == duty.vm:
         registry.set_flag(connection, duty.pair, pair.epoch, flag)
+    if pair.former is not None and pair.former.vm == duty.vm:
+        registry.set_former(connection, duty.pair, pair.epoch, replace(pair.former, fenced=True))
     journal.append(connection, entry)
 
 
@@ -180,20 +208,27 @@ class DutifulAgents:
         try:
             flag, ran = await fence_original(agent, duty)
         except CoordinatorError as error:
+            if duty.former and error.code == NO_VM:
+                sentence = f"{duty.vm.name} is gone from {duty.vm.host}: there is nothing to fence"
+                await self._settle(duty, OriginalFlag(), sentence)
+                return
             if is_silent(error) or error.code == STALE_EPOCH:
                 raise
             if not _concerns(request, duty):
                 return  # other pairs of that host must not wait for it; the next contact tries again
             runs = await _is_on(agent, duty)
             raise AgentRefused(
-                f"the original {duty.vm.name} on {duty.vm.host}, called off by {duty.actor}, must be fenced before "
+                f"the {duty.title} {duty.vm.name} on {duty.vm.host}, called off by {duty.actor}, must be fenced before "
                 f"anything else and cannot be: {error.sentence.rstrip('.')}; power it off and repeat",
                 code=ORIGINAL_RUNS if runs else NOT_FENCED_YET,
                 host=agent.host,
             ) from error
         found = "it was running beside the replica and was powered off" if ran else "it was off"
-        vm = f"the original {duty.vm.name} on {duty.vm.host}"
-        sentence = f"{vm} is fenced at the first contact since it was called off: {found}"
+        vm = f"the {duty.title} {duty.vm.name} on {duty.vm.host}"
+        since = "the pair moved away from it" if duty.former else "it was called off"
+        await self._settle(duty, flag, f"{vm} is fenced at the first contact since {since}: {found}")
+
+    async def _settle(self, duty: Duty, flag: OriginalFlag, sentence: str) -> None:
         entry = JournalEntry(
             seq=0,
             pair=duty.pair,

@@ -21,6 +21,7 @@ from coordinator.errors import CoordinatorError, DatabaseError, ExitCode, NeedsO
 from coordinator.events import Outcome, StateChanged
 from coordinator.holding import held
 from coordinator.model import Newest, OnFailure, OperatorCall, OriginalFlag, Pair, State
+from coordinator.moving import give_back, leave_behind
 from coordinator.reports import closing_report
 from coordinator.serving import Serving
 from coordinator.stepping import Interrupted, Stepper, exits_of, is_ours_no_more
@@ -126,7 +127,7 @@ class Engine:
                 await self._stepper.take_back(step)
         outcome = OUTCOMES[context.pair.state]
         reason = f"{outcome}: the replica holds the newest data and is as it was"
-        await self.move(State.FAILOVER, reason=reason, outcome=outcome, change=self._replica_is_newest)
+        await self.move(State.FAILOVER, reason=reason, outcome=outcome, change=self._taken_back)
 
     # --- journal --------------------------------------------------------------------------------------------------
 
@@ -164,6 +165,11 @@ class Engine:
     def _replica_is_newest(self, connection: Connection) -> None:
         registry.set_newest(connection, self._context.pair.name, self._context.epoch, Newest.REPLICA)
 
+    def _taken_back(self, connection: Connection) -> None:
+        self._replica_is_newest(connection)
+        context = self._context
+        give_back(connection, context.pair.name, context.run.id, context.log, context.clock.wall_s())
+
     async def _finish_commit(self) -> None:
         context = self._context
 
@@ -171,6 +177,7 @@ class Engine:
             self._original_is_newest(connection)
             registry.set_flag(connection, context.pair.name, context.epoch, OriginalFlag())
             registry.set_original_autostart(connection, context.pair.name, context.epoch, None)
+            leave_behind(connection, context.pair.name, context.run.id, context.clock.wall_s())
 
         reason = "committed: the original is in use, the replica stands by"
         await self.move(State.READY, reason=reason, outcome="committed", change=change)

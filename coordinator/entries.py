@@ -9,8 +9,8 @@ from coordinator.model import RunOptions
 
 JOURNAL_FORMAT = 3
 """What step names, records and options of a run mean. Raised when a run's journal says something that an earlier
-version would misread: 1, from before there was `RunOptions.on_failure`; 2, before `SwitchPolicy.TURN`; 3. A run of a
-higher one is left to its version."""
+version would misread: 1, from before there was `RunOptions.on_failure`; 2, from before `RunOptions.to` and
+`SwitchPolicy.TURN`; 3. A run of a higher one is left to its version."""
 
 
 class EntryKind(enum.Enum):

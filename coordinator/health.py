@@ -13,7 +13,7 @@ import trio
 from cryptography import x509
 from sqlalchemy import Connection
 
-from coordinator import duties, registry
+from coordinator import duties, exclusions, registry
 from coordinator.agents import ORDER_TIMEOUT_S, QUESTION_TIMEOUT_S, Agent, AgentDirectory, ask
 from coordinator.clock import Clock
 from coordinator.config import Config
@@ -64,6 +64,7 @@ class Health:
         pairs: those that were asked about. `known`: the names of all.
         hosts: what each host's agent holds, by name.
         stale_locks: lock files of pairs that there are no more.
+        owed: fences that are pending, after the agents were asked. `excluded`: the exclusion list.
         certificate_ends_s: of this coordinator's own certificate, seconds since 1970; None: not known.
     """
 
@@ -73,6 +74,8 @@ class Health:
     stale_locks: tuple[Path, ...]
     certificate_ends_s: float | None
     now_s: float
+    owed: tuple[duties.Duty, ...] = ()
+    excluded: tuple[exclusions.Exclusion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +103,17 @@ class Doctor:
         hosts = {ref.host for pair in asked for ref in (pair.original, pair.replica)}
         if name is None:
             hosts |= set(self.config.hosts)
+        for left in (await self.store.read(duties.owed), await self.store.read(exclusions.listed)):
+            hosts |= {each.vm.host for each in left if name in (None, each.pair)}
         pairs = tuple([await self._pair(pair) for pair in asked])
+        held = await holdings_of(self.agents, hosts)
+        owed = await self.store.read(duties.owed)  # after that: the first contact does what is owed
         return Health(
             pairs=pairs,
             known=frozenset(pair.name for pair in every),
-            hosts=await holdings_of(self.agents, hosts),
+            hosts=held,
+            owed=tuple(duty for duty in owed if name in (None, duty.pair)),
+            excluded=await self.store.read(exclusions.listed),
             stale_locks=_stale_locks(self.config.state_dir, {pair.name for pair in every}) if name is None else (),
             certificate_ends_s=_ends_s(self.config.pki.certificate),
             now_s=self.clock.wall_s(),

@@ -60,6 +60,24 @@ class OriginalFlag:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FormerOriginal:
+    """The original that a run to another place has taken the pair away from.
+
+    Attributes:
+        vm, disks, flag, autostart: what the pair said of it; given back as it is when the run is taken back.
+        fenced: whether its host is known to keep it off; False: the fence is *pending*, placed at the first contact.
+        gone: its host answers that there is no such VM any more.
+    """
+
+    vm: VmRef
+    disks: tuple[DiskPair, ...]
+    flag: OriginalFlag
+    autostart: bool | None
+    fenced: bool = False
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorCall:
     """Why a pair is in *Needs operator*: a sentence, the verbs that lead out, and the state it was in before."""
 
@@ -73,6 +91,7 @@ class Pair:
     """One original with its replica, disk by disk. `epoch` only ever grows; `run` is the unfinished or last run.
 
     `original_autostart` is what the original's autostart was before a run first took it away; None while no run has.
+    While a run to another place is not final, `original` is its destination and `former` what it was before; else None.
     """
 
     name: str
@@ -87,6 +106,7 @@ class Pair:
     run: str | None
     original_autostart: bool | None = None
     operator: OperatorCall | None = None
+    former: FormerOriginal | None = None
 
 
 class RestorePoint(enum.Enum):
@@ -163,6 +183,35 @@ class SwitchPolicy(enum.Enum):
     TURN = "turn"  # when its turn in a plan of several pairs comes; then at once, or at the set time
 
 
+class Home(enum.Enum):
+    """Which of the three ways home a run takes."""
+
+    ORIGINAL = "original"  # the original, in place
+    VM = "vm"  # a VM that was restored beforehand, elsewhere
+    HOST = "host"  # a host on which the VM is made anew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Where a run brings the data: `host` of VM and HOST; `vm`: name or UUID, of VM. Both empty for ORIGINAL."""
+
+    home: Home = Home.ORIGINAL
+    host: str = ""
+    vm: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the pair's original becomes another VM."""
+        return self.home is not Home.ORIGINAL
+
+    @property
+    def words(self) -> str:
+        """As on the command line: ``original``, ``vm prod2:web1``, ``host prod2``."""
+        if self.home is Home.VM:
+            return f"vm {self.host}:{self.vm}"
+        return self.home.value if self.home is Home.ORIGINAL else f"host {self.host}"
+
+
 class OnFailure(enum.Enum):
     """What follows a failure after the replica went off and before the point of no return."""
 
@@ -197,6 +246,8 @@ class RunOptions:
         protect_original: take the working snapshot of the original before the first write, so that it can be given
             back; None: not decided, which a plan does (`coordinator.protecting.settled`).
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
+        to: where the data is brought.
+        former_original_gone: a person's word that the original a run moves away from never comes back.
     """
 
     power_on: bool = True
@@ -220,6 +271,8 @@ class RunOptions:
     apply_config: bool = False
     create_missing: bool = False
     protect_original: bool | None = None
+    to: Destination = field(default_factory=Destination)
+    former_original_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,11 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         refusals=find_refusals(case),
         disks=tuple(_planned(case, here, there) for here, there in case.found_pairs()),
         steps=tuple(planned_steps(case)),
-        notes=(*divergence_notes(case), *protection_notes(case, protection), *_notes(case)),
+        notes=(
+            *(() if pair.former is not None else divergence_notes(case)),
+            *protection_notes(case, protection),
+            *_notes(case),
+        ),
         estimate=costs,
         rooms=rooms(case),
         differences=tuple(planned_differences(case)),

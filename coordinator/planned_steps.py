@@ -15,7 +15,10 @@ def planned_steps(case: Case) -> Iterator[str]:
     """What `start` would do with these options, a sentence each."""
     original, options, pair = case.pair.original, case.options, case.pair.name
     yield "put the pair's replication on hold: the executables in hooks.d/hold, each exit code obeyed"
-    if power_of(case, Side.ORIGINAL) is Power.RUNNING and options.power_off_original:
+    if case.pair.former is not None:
+        was = case.pair.former.vm
+        yield f"make sure {was.name} on {was.host} is off, and fence {was.name}: the pair moves away from it"
+    elif power_of(case, Side.ORIGINAL) is Power.RUNNING and options.power_off_original:
         yield f"power off the original {original.name} on {original.host}"
     if case.created:
         names = ", ".join(disk.original for disk in case.created)

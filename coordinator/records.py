@@ -210,6 +210,14 @@ class ReleaseRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FormerRecord:
+    """The original that a run moves away from. `fenced`: its host keeps it off, or it is `gone`; else that is owed."""
+
+    fenced: bool
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePointRecord:
     """What commit was told to do with the protective snapshot."""
 
@@ -323,6 +331,7 @@ Record = (
     | ProtectRecord
     | VerifyRecord
     | ReleaseRecord
+    | FormerRecord
     | RestorePointRecord
     | KeptRecord
     | ReplicationRecord

@@ -16,6 +16,9 @@ from coordinator.model import Refusal, State
 from coordinator.states import TABLE
 
 Objection = tuple[str, str]
+NOT_OF_A_DESTINATION = frozenset({"same-vm", "both-running", "diverged", "original-not-off"})
+"""Codes of what is asked of an original that is overwritten in place; of a destination `coordinator.destinations` asks
+other things: it was not the original yet when the replica took over."""
 Check = Callable[[Case], Iterator[Objection]]
 
 
@@ -32,6 +35,7 @@ def find_refusals(case: Case) -> tuple[Refusal, ...]:
     return tuple(
         Refusal(code=rule.code, about=about, sentence=sentence)
         for rule in RULES
+        if case.pair.former is None or rule.code not in NOT_OF_A_DESTINATION
         for about, sentence in rule.check(case)
     )
 

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from coordinator import schema
 from coordinator.errors import CoordinatorError, ExitCode, UsageError
-from coordinator.model import DiskPair, Newest, OperatorCall, OriginalFlag, Pair, State, VmRef
+from coordinator.model import DiskPair, FormerOriginal, Newest, OperatorCall, OriginalFlag, Pair, State, VmRef
 from coordinator.plain import from_json, one_of, to_json
 from coordinator.states import check_move
 from protocol.messages import HostDescription
@@ -39,7 +39,8 @@ def find_pair(connection: Connection, name: str) -> Pair | None:
 
 def _check_free(connection: Connection, pair: Pair) -> None:
     for other in list_pairs(connection):
-        taken = {(vm.host, vm.uuid) for vm in (other.original, other.replica)}
+        former = () if other.former is None else (other.former.vm,)
+        taken = {(vm.host, vm.uuid) for vm in (other.original, other.replica, *former)}
         for vm in (pair.original, pair.replica):
             if other.name != pair.name and (vm.host, vm.uuid) in taken:
                 raise UsageError(
@@ -118,6 +119,12 @@ def set_original_autostart(connection: Connection, name: str, epoch: int, before
     _set(connection, name, original_autostart=before)
 
 
+def set_former(connection: Connection, name: str, epoch: int, former: FormerOriginal) -> None:
+    """Write what is known of the original that the pair moves away from."""
+    check_epoch(connection, name, epoch)
+    _set(connection, name, former=to_json(former))
+
+
 def see_host(connection: Connection, description: HostDescription, at_s: float) -> None:
     """Remember what a host said of itself."""
     connection.execute(delete(schema.hosts).where(schema.hosts.c.name == description.host))
@@ -150,6 +157,7 @@ def _columns(pair: Pair) -> dict[str, str | int | bool | None]:
         "run": pair.run,
         "original_autostart": pair.original_autostart,
         "operator": None if pair.operator is None else to_json(pair.operator),
+        "former": None if pair.former is None else to_json(pair.former),
     }
 
 
@@ -167,4 +175,5 @@ def _pair(row: Row[tuple[object, ...]]) -> Pair:
         run=row.run,
         original_autostart=row.original_autostart,
         operator=None if row.operator is None else from_json(row.operator, OperatorCall),
+        former=None if row.former is None else from_json(row.former, FormerOriginal),
     )

@@ -116,7 +116,7 @@ def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> 
         _disk_line(name, passed, pair)
         for name in (*names, rounds.LAST_PASS)
         for passed in log.results(name, PassRecord)
-        for pair in disks
+        for pair in _disks_of(log) or disks
         if any(report.target == pair.replica for report in passed.source.disks)
     )
     return ClosingReport(
@@ -135,6 +135,12 @@ def closing_report(run: RunRecord, disks: tuple[DiskPair, ...], log: RunLog) -> 
         predicted=predicted(log),
         guest_s=_guest_s(log),
     )
+
+
+def _disks_of(log: RunLog) -> tuple[DiskPair, ...]:
+    """The disks as the run had them: once it is taken back, the pair may have another original again."""
+    survey = log.result("survey", SurveyRecord)
+    return () if survey is None else tuple(DiskPair(original=d.original, replica=d.replica) for d in survey.disks)
 
 
 def predicted(log: RunLog) -> Prediction | None:

@@ -12,7 +12,7 @@ from typing import Self
 
 import trio
 
-from coordinator import journal, pair_holder, registry, restore_points, takeover
+from coordinator import exclusions, journal, pair_holder, registry, restore_points, takeover
 from coordinator.agents import AgentDirectory, open_agents
 from coordinator.audit_wait import end_audit, have_audit
 from coordinator.called_off import check_word
@@ -20,11 +20,13 @@ from coordinator.clock import Clock, SystemClock, Tokens, system_tokens
 from coordinator.config import Config
 from coordinator.context import RunContext
 from coordinator.database import Database
-from coordinator.duties import DutifulAgents, owed
+from coordinator.destinations import Sought, seek
+from coordinator.duties import DutifulAgents, Duty, owed
 from coordinator.engine import Engine
 from coordinator.entries import JournalEntry, RunRecord
-from coordinator.errors import ExitCode, PairBusy, UsageError, WrongState
+from coordinator.errors import ExitCode, PairBusy, Refused, UsageError, WrongState
 from coordinator.events import Observer, Outcome, unobserved
+from coordinator.exclusions import Exclusion
 from coordinator.findings import Findings
 from coordinator.health import Doctor
 from coordinator.hooks import Hooks
@@ -157,13 +159,26 @@ class Coordinator:
         """Every pair, by name."""
         return await self._db.read(registry.list_pairs)
 
+    async def left_behind(self) -> tuple[tuple[Duty, ...], tuple[Exclusion, ...]]:
+        """What must be fenced at the first contact with its host, and the exclusion list; of every pair."""
+        return await self._db.read(lambda connection: (owed(connection), exclusions.listed(connection)))
+
+    async def readmit(self, host: str, vm: str) -> Exclusion:
+        """Take a VM (by name or UUID) off the exclusion list; a fence on it stays until somebody lifts it there.
+
+        Raises:
+            UsageError: it is not on the list; `WrongState`: its fence is pending, or its pair's run is not final.
+        """
+        return await self._db.write(lambda connection: exclusions.readmit(connection, host, vm))
+
     async def get_pair(self, pair: str) -> Pair:
         """The pair of that name; `UsageError` when there is none."""
         return await self._db.read(lambda connection: registry.get_pair(connection, pair))
 
-    async def findings(self, pair: str, *, sampled: bool = False) -> Findings:
-        """What `coordinator.plan.make_plan` needs, asked of both agents now; `sampled`: with samples of the disks."""
-        found = await self.get_pair(pair)
+    async def findings(self, pair: str, *, sampled: bool = False, wanted: Pair | None = None) -> Findings:
+        """What `coordinator.plan.make_plan` needs, asked of both agents now; `sampled`: with samples of the disks.
+        `wanted`: the pair as a run to another place would make it."""
+        found = await self.get_pair(pair) if wanted is None else wanted
         since_s = failover_since(await self.history(pair)) if found.state is State.FAILOVER else None
         findings = await survey(self.agents, found, self.clock, failover_s=since_s)
         if not sampled:
@@ -200,10 +215,22 @@ class Coordinator:
         if options.switch is SwitchPolicy.AT:
             check_switch_time(options.switch_at_s, self.clock.wall_s())
         run, author = f"r{self.tokens(RUN_ID_BYTES)}", self._author()
-        await pair_holder.check_held(self.agents, await self.get_pair(pair), self._place)
+        wanted = await self._wanted(pair, options)
+        await pair_holder.check_held(self.agents, wanted, self._place)
         with pair_lock(self.config.state_dir, pair):
-            await self._db.write(lambda connection: takeover.start(connection, pair, run, options, author))
+            await self._db.write(lambda connection: takeover.start(connection, pair, run, options, author, wanted))
         return run
+
+    async def destination(self, pair: str, options: RunOptions) -> Sought:
+        """The pair as a run with these options would make it, and what speaks against going there."""
+        return await seek(self.agents, self._db, await self.get_pair(pair), options)
+
+    async def _wanted(self, pair: str, options: RunOptions) -> Pair:
+        sought = await self.destination(pair, options)
+        if sought.pair is None or sought.refusals:
+            first = sought.refusals[0]
+            raise Refused(f"{pair} cannot go there: {first.sentence}", code=first.code)
+        return sought.pair
 
     async def execute_run(
         self, pair: str, *, observer: Observer = unobserved, stop: trio.Event | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
 
-VERSION = 2
+VERSION = 3
 """Raised by every change to the tables; a database of a higher one is never opened, one of a lower one is brought up
 to it (`coordinator.upgrades`)."""
 
@@ -26,6 +26,7 @@ pairs = Table(
     Column("run", String(64)),
     Column("original_autostart", Boolean),
     Column("operator", Text),  # OperatorCall as JSON
+    Column("former", Text),  # FormerOriginal as JSON; null while no run to another place is under way
 )
 
 hosts = Table(
@@ -94,6 +95,18 @@ duties = Table(
     Column("targets", Text, nullable=False),  # list of its disks as JSON
     Column("actor", Text, nullable=False),
     Column("said_s", Float, nullable=False),
+)
+
+exclusions = Table(  # outlives its pair: no foreign key
+    "exclusions",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("vm", Text, nullable=False),  # VmRef as JSON
+    Column("targets", Text, nullable=False),  # list of its disks as JSON
+    Column("reason", String(16), nullable=False),  # `coordinator.exclusions.Why`
+    Column("pair", String(63), nullable=False),
+    Column("run", String(64), nullable=False),
+    Column("since_s", Float, nullable=False),
 )
 
 progress = Table(

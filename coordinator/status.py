@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from coordinator import duties, journal, registry, rounds
+from coordinator import duties, exclusions, journal, registry, rounds
 from coordinator.audit import AuditStatus, audit_status
 from coordinator.context import LIFT_ORIGINAL_FENCE, PROTECT_ORIGINAL
 from coordinator.entries import EntryKind, Phase
 from coordinator.limits import in_force
-from coordinator.model import Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
+from coordinator.model import FormerOriginal, Newest, OperatorCall, OriginalFlag, Pair, RunLimits, RunOptions, State
 from coordinator.progress import Progress
 from coordinator.records import DiskEvidence, PassRecord, Prediction, ViewRecord, Waiting
 from coordinator.reports import downtime_s, predicted
@@ -44,6 +44,8 @@ class PairStatus:
             expected when it began. `expected_s`: its sum.
         waiting: what a run that could switch waits for; None while it does not.
         owed: what must be done at the first contact with a host before anything else there, a sentence each.
+        former: while a run to another place is not final: what the original was before, and whether it is kept off.
+        left_behind: VMs that runs of this pair left behind, a sentence each.
         outcome, reason: how the run ended (see `coordinator.entries.RunRecord`); None and empty while it has not.
     """
 
@@ -73,6 +75,8 @@ class PairStatus:
     expected_s: float | None = None
     waiting: str | None = None
     owed: tuple[str, ...] = ()
+    former: str | None = None
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +129,19 @@ def read_status(connection: Connection, name: str, *, active: bool, now_s: float
         waiting=_waiting(log) if pair.state in SERVING else None,
         operator=pair.operator,
         owed=tuple(duty.sentence for duty in duties.owed(connection, name)),
+        former=None if pair.former is None else former_words(pair.former),
+        left_behind=tuple(each.sentence for each in exclusions.listed(connection) if each.pair == name),
         limits=in_force(run, log) if run is not None else RunLimits(),
         audit=audit,
         outcome=run.outcome if run is not None else None,
         reason=run.reason if run is not None else "",
     )
+
+
+def former_words(former: FormerOriginal) -> str:
+    """What the pair moves away from, and whether that can come up."""
+    kept = "gone from its host" if former.gone else "off and fenced" if former.fenced else "its fence is PENDING"
+    return f"{former.vm.host}/{former.vm.name}, {kept}"
 
 
 def _last_view(log: RunLog) -> str | None:

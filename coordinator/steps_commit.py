@@ -10,6 +10,7 @@ from coordinator.records import FenceRecord, HooksRecord, KeptDisk, KeptRecord, 
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
 from coordinator.steps_machine import ForgetMachine
+from coordinator.steps_move import KeepFormerOff
 from coordinator.steps_switch import FenceReplica
 from coordinator.steps_sync import TRACKING, end_tracking
 from protocol.messages import Done, KeepRestorePoint, LiftFence, MergeProtection, Protected, Side, Unprotect
@@ -139,6 +140,7 @@ class ResumeReplication(Step):
 COMMIT_STEPS: tuple[Step, ...] = (
     EndAudit(),
     MergeOriginal(),
+    KeepFormerOff(),
     DropRestorePoint(),
     ForgetRecords(),
     MakeRestorePoint(),

@@ -14,6 +14,7 @@ from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
 from coordinator.machine import carries_state
+from coordinator.moving import is_overwritten
 from coordinator.pair_memory import remember_pair
 from coordinator.plain import from_json
 from coordinator.records import (
@@ -43,6 +44,7 @@ from coordinator.steps import (
     take_fence,
 )
 from coordinator.steps_machine import CreateMissing, MapMissing, missing_in
+from coordinator.steps_move import FenceFormer
 from protocol.messages import (
     Condition,
     DescribeHost,
@@ -202,7 +204,7 @@ class OriginalOff(Step):
         if answer.power in IS_OFF:
             await prove_off(context, Side.ORIGINAL)
             return PowerOffRecord(was_running=False, forced=False, guest_s=0.0)
-        if not context.options.power_off_original:
+        if not context.options.power_off_original or context.pair.former is not None:
             name = context.pair.name
             raise StepFailed(
                 f"the original on {context.target.host} is {answer.power.value}: power it off and `failback resume "
@@ -289,6 +291,12 @@ class FenceOriginal(Step):
                 return ReleaseRecord(kept=False, condition=context.pair.flag.condition, why="there was no fence")
             fence = await take_fence(context, Side.ORIGINAL)
             condition, _ = await settle_flag(context, before, fence)
+            if context.pair.former is not None and is_overwritten(context.log):
+                await context.notice(
+                    f"{context.pair.original.name} on {host}, where the run was to go, is overwritten: it stays "
+                    "off and fenced"
+                )
+                return ReleaseRecord(kept=True, condition=condition.value, why="overwritten")
             if condition is not Condition.TORN:
                 lift = LiftFence(order=context.order, vm_uuid=context.pair.original.uuid, restore_autostart=False)
                 await ask(context.target, lift, Done)
@@ -380,6 +388,7 @@ SYNC_STEPS: tuple[Step, ...] = (
     MapMissing(),
     Survey(),
     HoldReplication(),
+    FenceFormer(),
     OriginalOff(),
     CreateMissing(),
     FenceOriginal(),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from coordinator import journal, registry
+from coordinator import exclusions, journal, registry
 from coordinator.audit import AuditState, audit_status, check_commit
 from coordinator.called_off import ORIGINAL_IS_OFF, owe
 from coordinator.entries import JOURNAL_FORMAT, EntryKind, JournalEntry, Phase, RunRecord
@@ -14,6 +14,7 @@ from coordinator.errors import NewerRun, WrongState
 from coordinator.limits import LIMITS, VERB, LimitsChange, read_limits
 from coordinator.mapping import mapping_words, revised
 from coordinator.model import Newest, Pair, Rate, RestorePoint, RunOptions, State
+from coordinator.moving import repoint
 from coordinator.plain import to_json
 from coordinator.records import Record, RestorePointRecord, SwitchOrder
 from coordinator.runlog import RunLog
@@ -28,6 +29,8 @@ REASONS = {Verb.UNDO: "undone by the administrator", Verb.CANCEL: "cancelled by 
 COMMITTED = "committed by the administrator"
 
 
+MOVED = "moved"
+"""Name of the note that the run goes to another VM: which, and away from which."""
 TAKEN_OVER = "taken_over"
 """Name of the note that a process has the run now: who, with which version, for which verb."""
 RESUMED = "resumed by the administrator"
@@ -102,6 +105,7 @@ def note(
 
 def register(connection: Connection, pair: Pair, author: Author, *, in_failover: bool) -> Pair:
     """Take a pair in, or change the one of that name; with `in_failover`, which has been proven, on to Failover."""
+    exclusions.check(connection, pair.original, pair.replica)
     known = registry.find_pair(connection, pair.name)
     if known is None:
         registry.add_pair(connection, pair)
@@ -116,9 +120,19 @@ def register(connection: Connection, pair: Pair, author: Author, *, in_failover:
     return pair
 
 
-def start(connection: Connection, name: str, run: str, options: RunOptions, author: Author) -> None:
-    """Failover → Syncing, with a new run and its options."""
-    check_verb(registry.get_pair(connection, name), Verb.START)
+def start(
+    connection: Connection, name: str, run: str, options: RunOptions, author: Author, wanted: Pair | None = None
+) -> None:
+    """Failover → Syncing, with a new run and its options. `wanted`: the pair as a run to another place makes it.
+
+    Raises:
+        Refused: a VM of the pair is on the exclusion list; `UsageError`: the destination belongs to another pair.
+    """
+    pair = registry.get_pair(connection, name)
+    check_verb(pair, Verb.START)
+    exclusions.check(connection, pair.replica, *(() if options.to.moves else (pair.original,)))
+    if wanted is not None and wanted.former is not None:
+        repoint(connection, wanted)
     epoch = registry.raise_epoch(connection, name)
     record = RunRecord(
         id=run,
@@ -135,6 +149,10 @@ def start(connection: Connection, name: str, run: str, options: RunOptions, auth
     registry.set_run(connection, name, epoch, run)
     pair = registry.move(connection, name, epoch, State.SYNCING)
     note(connection, pair, author, EntryKind.STATE, State.SYNCING.value, sentence=f"started with {SOFTWARE}")
+    if pair.former is not None:
+        was = pair.former.vm
+        sentence = f"to {pair.original.name} on {pair.original.host}, away from {was.name} on {was.host}"
+        note(connection, pair, author, EntryKind.NOTE, MOVED, sentence=sentence)
 
 
 def record_failover(connection: Connection, name: str, author: Author) -> Pair:

@@ -28,8 +28,11 @@ UPGRADES = {
         "ALTER TABLE runs ADD COLUMN software TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE runs ADD COLUMN format INTEGER NOT NULL DEFAULT 1",
     ),
+    2: ("ALTER TABLE pairs ADD COLUMN former TEXT",),
 }
 """What leads from that version to the next, before tables that are new are made."""
+MADE_IN = {"duties": 2, "exclusions": 3}
+"""Tables that were not there from the beginning, and the version that brought them."""
 
 
 def make_tables(connection: Connection) -> None:
@@ -59,5 +62,5 @@ def upgrade(connection: Connection, version: int) -> None:
 def missing_tables(connection: Connection, version: int) -> list[str]:
     """Tables that a database of that version must have and this one has not."""
     found = {str(name) for (name,) in connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'table'"))}
-    new = {"duties"} if version < 2 else set()
+    new = {table for table, since in MADE_IN.items() if version < since}
     return sorted(set(schema.metadata.tables) - new - found)

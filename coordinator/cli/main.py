@@ -25,6 +25,7 @@ from coordinator.cli import (
     pairs,
     pki,
     plan,
+    readmit,
     register,
     restore_points,
     resume,
@@ -197,6 +198,7 @@ for verb in (
     doctor,
     adopt,
     forget,
+    readmit,
     pki,
     completion,
 ):

@@ -19,5 +19,8 @@ def command(session: Session) -> None:
       failback pairs
     """
     pairs = session.run(lambda coordinator: coordinator.list_pairs())
+    owed, excluded = session.run(lambda coordinator: coordinator.left_behind())
     show_pairs(session.output, pairs)
-    session.output.finish({"verb": "pairs", "pairs": pairs})
+    for sentence in (*(duty.sentence for duty in owed), *(vm.sentence for vm in excluded)):
+        session.output.say(f"Note: {sentence}.")
+    session.output.finish({"verb": "pairs", "pairs": pairs, "owed": owed, "excluded": excluded})

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from coordinator.cli.session import Session
-from coordinator.model import PAIR_NAME, DiskPair, Rate, SwitchPolicy
+from coordinator.model import PAIR_NAME, Destination, DiskPair, Home, Rate, SwitchPolicy
 
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|m|h)?")
@@ -168,6 +168,27 @@ class SwitchWhen(click.ParamType[tuple[SwitchPolicy, float | None]]):
         return SwitchPolicy(word), None
 
 
+class WayHome(click.ParamType[Destination]):
+    """Where to bring the data: ``original``, ``vm HOST:NAME`` or ``host HOST``."""
+
+    name = "original|vm HOST:NAME|host HOST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Destination:
+        """The destination."""
+        if isinstance(value, Destination):
+            return value
+        word, _, rest = str(value).strip().partition(" ")
+        if word == Home.ORIGINAL.value and not rest:
+            return Destination()
+        host, colon, vm = rest.partition(":")
+        if word == Home.VM.value and host and vm:
+            return Destination(home=Home.VM, host=host, vm=vm)
+        if word == Home.HOST.value and host and not colon:
+            return Destination(home=Home.HOST, host=host)
+        said = f"{value!r} is none of original, vm HOST:NAME (as in --to vm prod2:web1) and host HOST"
+        raise click.BadParameter(f"{said} (as in --to host prod2)", ctx=ctx, param=param)
+
+
 PAIR = PairName()
 VM_PLACE = VmPlace()
 DISK_MAPPING = DiskMapping()
@@ -175,3 +196,4 @@ DURATION_S = Duration()
 RATE = RateType()
 MOMENT = Moment()
 SWITCH_WHEN = SwitchWhen()
+WAY_HOME = WayHome()

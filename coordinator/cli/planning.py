@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
 
-from coordinator.cli.parameters import DURATION_S, RATE, SWITCH_WHEN
+from coordinator.cli.parameters import DURATION_S, RATE, SWITCH_WHEN, WAY_HOME
 from coordinator.errors import Refused
-from coordinator.model import LateEvidence, OnFailure, Plan, Rate, RunLimits, RunOptions, ShutdownPolicy, SwitchPolicy
+from coordinator.model import (
+    Destination,
+    LateEvidence,
+    OnFailure,
+    Plan,
+    Rate,
+    RunLimits,
+    RunOptions,
+    ShutdownPolicy,
+    SwitchPolicy,
+)
 from coordinator.plan import make_plan
 from coordinator.runs import Coordinator
 from coordinator.switch_order import check_switch_time
@@ -18,6 +29,20 @@ from protocol.messages import Tracking
 
 TRACKING = {"auto": Tracking.BITMAP, "overlay": Tracking.OVERLAY, "none": Tracking.NONE}
 _OPTIONS = (
+    click.option(
+        "--to",
+        type=WAY_HOME,
+        metavar=WAY_HOME.name,
+        default="original",
+        show_default=True,
+        help="Where to: the original, in place; a VM restored beforehand elsewhere, whose disks are overwritten; or a "
+        "host on which the VM is made anew. With the last two that VM becomes the pair's original.",
+    ),
+    click.option(
+        "--former-original-gone",
+        is_flag=True,
+        help="With --to vm and --to host: the present original never comes back, so that its identity may be used.",
+    ),
     click.option("--power-on/--no-power-on", default=True, help="Power the original on at the end (default: on)."),
     click.option(
         "--power-off-original",
@@ -155,6 +180,8 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def chosen_options(
     *,
+    to: Destination,
+    former_original_gone: bool,
     power_on: bool,
     power_off_original: bool,
     shutdown_timeout_s: float,
@@ -181,6 +208,8 @@ def chosen_options(
     switch, switch_at_s = switch_when
     check_switch_time(switch_at_s, time.time())
     return RunOptions(
+        to=to,
+        former_original_gone=former_original_gone,
         power_on=power_on,
         power_off_original=power_off_original,
         shutdown_timeout_s=shutdown_timeout_s,
@@ -207,8 +236,11 @@ def chosen_options(
 
 async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions, *, estimate: bool = True) -> Plan:
     """Ask both agents and make the plan; changes nothing. `estimate`: sample the disks, which takes some seconds."""
-    known = await coordinator.get_pair(pair)
-    return make_plan(known, await coordinator.findings(pair, sampled=estimate), options)
+    sought = await coordinator.destination(pair, options)
+    if sought.pair is None:
+        return Plan(pair=pair, refusals=sought.refusals, disks=(), steps=())
+    plan = make_plan(sought.pair, await coordinator.findings(pair, sampled=estimate, wanted=sought.pair), options)
+    return replace(plan, refusals=(*sought.refusals, *plan.refusals), notes=(*sought.notes, *plan.notes))
 
 
 def refused(plan: Plan) -> Refused:

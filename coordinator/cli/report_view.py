@@ -102,12 +102,20 @@ def show_pairs(output: Output, pairs: Sequence[Pair]) -> None:
             pair.name,
             state,
             pair.newest.value,
-            place(pair.original),
+            _original_words(pair),
             place(pair.replica),
             str(len(pair.disks)),
             flag_words(pair.flag),
         )
     output.show(rows)
+
+
+def _original_words(pair: Pair) -> str:
+    """The original, and what it was before where a run moves the pair."""
+    if pair.former is None:
+        return place(pair.original)
+    pending = "" if pair.former.fenced else ", fence PENDING"
+    return f"{place(pair.original)} (from {place(pair.former.vm)}{pending})"
 
 
 def show_pair(output: Output, pair: Pair) -> None:
@@ -135,6 +143,8 @@ def show_status(output: Output, status: PairStatus) -> None:
         ("Original", f"{place(pair.original)}, {disks_words(status.flag)}"),
         ("Replica", place(pair.replica)),
     ]
+    if status.former is not None:
+        rows.append(("Moved from", status.former))
     if status.run is not None:
         working = "a process works on it" if status.active else "no process works on it"
         if _unfinished(status):
@@ -160,6 +170,7 @@ def show_status(output: Output, status: PairStatus) -> None:
     if status.operator is not None:
         rows.append(("Operator", status.operator.sentence))
     rows += [("Owed", sentence) for sentence in status.owed]
+    rows += [("Left behind", sentence) for sentence in status.left_behind]
     output.show(facts(rows))
     if status.progress is not None:
         output.show(bars(status.progress))

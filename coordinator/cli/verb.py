@@ -9,6 +9,9 @@ import click
 
 from coordinator.cli.session import Session
 
+TWO_WORDS = {"--switch": ("at",), "--to": ("vm", "host")}
+"""Options, and the words of theirs that another word follows."""
+
 
 def _set_json(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     session = ctx.find_root().obj
@@ -56,7 +59,7 @@ class Verb(Teaching):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take ``--switch at TIME`` as it is spoken: two words of one value."""
+        """Take ``--switch at TIME`` and ``--to vm HOST:NAME`` as they are spoken: two words of one value."""
         joined: list[str] = []
         rest = list(args)
         while rest:
@@ -65,7 +68,7 @@ class Verb(Teaching):
             if word == "--":
                 joined += rest
                 break
-            if word == "--switch" and len(rest) > 1 and rest[0] == "at":
+            if len(rest) > 1 and rest[0] in TWO_WORDS.get(word, ()):
                 joined.append(f"{rest.pop(0)} {rest.pop(0)}")
         return super().parse_args(ctx, joined)
 

@@ -176,6 +176,7 @@ class World:
 
     def __init__(self, disks: tuple[str, ...] = ("vda", "vdb")) -> None:
         self.original = FakeVm("u-orig", "web", "prod", Power.OFF, {d: b"old-" + d.encode() for d in disks})
+        self.former: FakeVm | None = None  # the original that a run moves away from; `original` is its destination
         self.replica = FakeVm("u-repl", "web", "dr", Power.RUNNING, {d: b"old-" + d.encode() for d in disks})
         self.views: dict[str, FakeView] = {}
         self.records = SourceRecords()
@@ -213,18 +214,23 @@ class World:
         """See `coordinator.agents.AgentDirectory`."""
         return f"bulk-{host}", None
 
+    @property
+    def vms(self) -> tuple[FakeVm, ...]:
+        """All of them."""
+        return (self.original, self.replica, *(() if self.former is None else (self.former,)))
+
     def vm(self, uuid_or_name: str, host: str) -> FakeVm:
-        for vm in (self.original, self.replica):
+        for vm in self.vms:
             if vm.host == host and uuid_or_name in (vm.uuid, vm.name):
                 return vm
         raise AgentRefused(f"no VM {uuid_or_name} on {host}", code="no-such-domain")
 
     def check(self) -> None:
         """The invariants; called after every order."""
-        running = [vm.name for vm in (self.original, self.replica) if not vm.is_off]
-        assert len(running) < 2, "I1: original and replica run at the same time"
+        running = [vm.name for vm in self.vms if not vm.is_off]
+        assert len(running) < 2, "I1: two of original, replica and former original run at the same time"
         assert not (not self.original.is_off and self.original.condition is Condition.TORN), "a torn original runs"
-        for vm in (self.original, self.replica):
+        for vm in self.vms:
             assert vm.is_off or vm.fence is None, "a fenced VM runs"
         if self.frozen is not None:
             assert self.replica.disks == self.frozen, "I3: the replica's disks changed while it was off"
@@ -334,7 +340,7 @@ class World:
 
     def holdings(self, host: str) -> Holdings:
         """What the agent of that host holds."""
-        vms = [vm for vm in (self.original, self.replica) if vm.host == host]
+        vms = [vm for vm in self.vms if vm.host == host]
         pairs = tuple(
             HeldPair(
                 pair=pair,

@@ -30,6 +30,7 @@ def test_every_verb_the_product_promises_is_there() -> None:
     promised = (
         "register failover plan start status watch commit undo cancel resume switch limit pairs history backup doctor "
         "adopt forget pki completion restore-points"
+        "adopt forget readmit pki completion"
     )
     assert set(VERBS) == set(promised.split())
 
@@ -99,7 +100,7 @@ def test_wrong_words_are_one_json_object_for_programs(failback: Command, words: 
 
 def test_json_may_stand_behind_the_verb(failback: Command) -> None:
     result = failback("pairs", "--json")
-    assert json.loads(result.stdout) == {"verb": "pairs", "pairs": []}
+    assert json.loads(result.stdout) == {"verb": "pairs", "pairs": [], "owed": [], "excluded": []}
 
 
 @pytest.mark.parametrize(
