@@ -9,6 +9,8 @@ NAMES ?=
 SEEDS ?= 1000
 FIRST ?= 0
 WORDS ?=
+GO_ON ?=
+MINUTES ?=
 
 HALVES := test-hosts test-rest
 test-hosts := tests/contract/ tests/faults/
@@ -58,8 +60,8 @@ $(HALVES):
 soak: setup ## whole failbacks under faults, simulated, in two processes (SEEDS=10000 for as many, FIRST=n from there)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
 
-faults: setup ## every fault at every step on real hosts, about 40 minutes; writes docs/FAULTS.md (WORDS="kill-qemu audit" for some)
-	$(BIN)/python -m tests.faults $(WORDS)
+faults: setup ## every fault at every step on real hosts, about 40 minutes; writes docs/FAULTS.md (WORDS="kill-qemu audit" for some; MINUTES=30 then GO_ON=1 in parts)
+	$(BIN)/python -m tests.faults $(if $(filter-out 0 no,$(GO_ON)),--go-on) $(if $(MINUTES),--minutes $(MINUTES)) $(WORDS)
 
 demo: setup ## a real VM fails back to its original before your eyes (UNDO=1 ends with undo instead of commit)
 	$(BIN)/python -m tests.demo $(if $(filter-out 0 no,$(UNDO)),--undo)

@@ -88,7 +88,16 @@ def main() -> int:
 
 def _results() -> list[dict[str, Any]]:
     """What is kept of the latest run of everything."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return whole_lines(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def whole_lines(text: str) -> list[dict[str, Any]]:
+    """The results in a file of them. A run that was killed may leave half a line at the end: that cell is run again.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def run_all(wanted: Sequence[Cell], jobs: int, minutes: float) -> int:

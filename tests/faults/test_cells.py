@@ -11,6 +11,7 @@ import pytest
 import coordinator
 from coordinator.steps import Step
 from tests.faults import matrix, report
+from tests.faults.__main__ import whole_lines
 from tests.faults.boundaries import STEPS, WHOLE_MACHINE, Way, boundaries
 from tests.faults.cells import Cell, Outcome
 from tests.faults.faults import FAULTS
@@ -80,3 +81,12 @@ def test_the_page_has_nothing_in_it_that_differs_from_run_to_run() -> None:
     cell = matrix.cells()[0]
     outcome = Outcome(cell, saw="web12 (rdeadbeef01-2.1) at 10.77.0.2 port 9860 in /tmp/fb-1-abc/dr/x\nthere")
     assert report.line_of(outcome)["saw"] == "web (RUN) at ADDRESS port 9860 in …/dr/x there"
+
+
+def test_a_run_that_was_killed_amid_a_line_goes_on_with_the_whole_ones() -> None:
+    assert whole_lines('{"name": "one", "error": ""}\n{"name": "two", "er') == [{"name": "one", "error": ""}]
+
+
+def test_a_broken_line_amid_the_results_is_not_passed_over() -> None:
+    with pytest.raises(ValueError, match="Expecting"):
+        whole_lines('{"name": "one", \n{"name": "two", "error": ""}\n')

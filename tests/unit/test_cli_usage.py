@@ -29,8 +29,7 @@ def failback(tmp_path: Path) -> Command:
 def test_every_verb_the_product_promises_is_there() -> None:
     promised = (
         "register failover plan start status watch commit undo cancel resume switch limit pairs history backup doctor "
-        "adopt forget pki completion restore-points"
-        "adopt forget readmit pki completion"
+        "adopt forget readmit pki completion restore-points"
     )
     assert set(VERBS) == set(promised.split())
 
