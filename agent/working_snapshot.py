@@ -135,7 +135,7 @@ class WorkingSnapshots:
     def _is_changed(self, image: ProtectedImage) -> bool:
         now = self._stamp(image.base)
         then = image.base_stamp
-        return then is not None and now is not None and bool(then.changed_to(now, under_lock=True))
+        return then is not None and now is not None and then.content_changed_to(now)
 
     def drop_stale(self, order: Order, vm_uuid: str, snapshot_of_run: str) -> None:
         """Drop what another run of the pair had to leave, for this host could not be reached when it was taken back."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
+from coordinator.cli.fleet import Declined
 from coordinator.cli.parameters import VM_PLACE
 from coordinator.cli.session import Session
-from coordinator.cli.start import Declined
 from coordinator.cli.verb import verb
 
 

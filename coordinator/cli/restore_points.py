@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from coordinator.cli import human
+from coordinator.cli.fleet import Declined
 from coordinator.cli.output import table
 from coordinator.cli.parameters import PAIR
 from coordinator.cli.session import Session
-from coordinator.cli.start import Declined
 from coordinator.cli.verb import verb
 from coordinator.restore_points import RestorePointFacts
 from coordinator.runs import Coordinator

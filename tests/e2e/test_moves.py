@@ -22,7 +22,7 @@ def _restored(site: Site, pair: LabPair) -> tuple[LabVm, LabPair]:
     folder = site.production.images / name
     folder.mkdir()
     folder.chmod(0o777)
-    vm = site._define(site.production, name, disks.copy_set(pair.original.disks, folder), role="reader")
+    vm = site.define(site.production, name, disks.copy_set(pair.original.disks, folder), role="reader")
     return vm, LabPair(pair.name, vm, pair.replica)
 
 
