@@ -44,6 +44,16 @@ from protocol.messages.health import (
     RemnantKind,
     VmName,
 )
+from protocol.messages.homes import (
+    CreateVm,
+    DescribeProvisions,
+    KeepCreated,
+    NewVolume,
+    Provisions,
+    RemoveCreated,
+    StoragePool,
+    VmCreated,
+)
 from protocol.messages.machine import (
     ChangeDefinition,
     CreateDisk,
@@ -156,11 +166,15 @@ Question = (
     | AskHoldings
     | AskAuthority
     | DescribeMachine
+    | DescribeProvisions
 )
 MachineOrder = (
     ListState | ReadState | WriteState | PlaceState | ChangeDefinition | CreateDisk | RestoreMachine | KeepMachine
 )
 """Orders about what of a VM is no disk."""
+
+HomeOrder = CreateVm | RemoveCreated | KeepCreated
+"""Orders about a VM that is made anew."""
 
 OrderRequest = (
     PowerOff
@@ -186,6 +200,7 @@ OrderRequest = (
     | CleanLeftovers
     | ForgetPair
     | MachineOrder
+    | HomeOrder
 )
 Request = Question | OrderRequest
 Reply = (
@@ -209,6 +224,8 @@ Reply = (
     | StateFiles
     | StateChunk
     | DiskCreated
+    | Provisions
+    | VmCreated
 )
 ControlMessage = Hello | Welcome | Goodbye | Request | Reply | Cancel | Failure | PassProgress
 
@@ -253,10 +270,12 @@ __all__ = [
     "Condition",
     "ControlMessage",
     "CreateDisk",
+    "CreateVm",
     "Credit",
     "DefinitionChange",
     "DescribeHost",
     "DescribeMachine",
+    "DescribeProvisions",
     "Direction",
     "DiskCreated",
     "DiskDescription",
@@ -283,10 +302,12 @@ __all__ = [
     "HeldServer",
     "Hello",
     "Holdings",
+    "HomeOrder",
     "HookState",
     "HostDescription",
     "ImageDescription",
     "InspectVm",
+    "KeepCreated",
     "KeepMachine",
     "KeepRestorePoint",
     "LiftDescription",
@@ -298,6 +319,7 @@ __all__ = [
     "MappedDisk",
     "MergeProtection",
     "MergeRestorePoint",
+    "NewVolume",
     "OnTimeout",
     "OpenView",
     "Order",
@@ -321,12 +343,14 @@ __all__ = [
     "Protected",
     "ProtectedDisk",
     "ProvenRanges",
+    "Provisions",
     "Question",
     "ReadState",
     "ReadTracking",
     "RememberPair",
     "Remnant",
     "RemnantKind",
+    "RemoveCreated",
     "Reply",
     "Request",
     "RestoreMachine",
@@ -344,6 +368,7 @@ __all__ = [
     "StateFiles",
     "StateKind",
     "StatePart",
+    "StoragePool",
     "TakePair",
     "TargetEvidence",
     "TrackedSpan",
@@ -353,6 +378,7 @@ __all__ = [
     "ViewOpened",
     "ViewSince",
     "ViewedDisk",
+    "VmCreated",
     "VmDescription",
     "VmName",
     "Welcome",
