@@ -239,6 +239,17 @@ class FenceKeeper:
                 kept = tuple(image for image in fence.images if image.target not in targets)
                 self._take(replace(fence, images=kept), fence)
 
+    def forget_vm(self, vm_uuid: str) -> None:
+        """Forget fence, flag and locks of a VM that is removed with its disks; harmless when repeated."""
+        with self._turn(vm_uuid):
+            fence = self.ledger.fence(vm_uuid)
+            self.ledger.drop_condition(vm_uuid)
+            if fence is not None:
+                self.ledger.drop_fence(vm_uuid)
+                self._unseen.discard(vm_uuid)
+                for image in fence.images:
+                    self._release(image.path)
+
     def freeze(self, vm_uuid: str) -> None:
         """Let the fenced VM's images be read, and be written by nobody: overlays are about to be put over them. The
         next `fence` or `refresh` locks as the VM's disks are by then.

@@ -29,6 +29,8 @@ from agent.evidence import EvidenceDesk
 from agent.fence_install import hook_state
 from agent.fences import Fenced, FenceKeeper, Torn
 from agent.holdings import HoldingsDesk
+from agent.home_book import HomeBook
+from agent.homes import HomeDesk
 from agent.ledger import ConditionRecord, DiskCondition, Ledger, ProtectedImage, ProtectionRecord
 from agent.machine import MachineDesk
 from agent.machine_book import MachineBook
@@ -57,6 +59,7 @@ from protocol.messages import (
     CloseView,
     DescribeHost,
     DescribeMachine,
+    DescribeProvisions,
     Done,
     DropCheckpoints,
     EndTracking,
@@ -64,6 +67,7 @@ from protocol.messages import (
     FenceDescription,
     FenceVm,
     ForgetPair,
+    HomeOrder,
     HostDescription,
     InspectVm,
     KeepRestorePoint,
@@ -85,6 +89,7 @@ from protocol.messages import (
     ProtectedDisk,
     ReadTracking,
     RememberPair,
+    RemoveCreated,
     Reply,
     Request,
     RunPass,
@@ -122,6 +127,7 @@ ENDS_THE_PASS = (
     Unprotect,
     MergeRestorePoint,
     MergeProtection,
+    RemoveCreated,
 )
 """Orders that take away what a pass works on, or let a VM loose on it: nothing of it may still run by then."""
 
@@ -172,6 +178,8 @@ class AgentService:
         )
         folder = self.ledger.folder / "machines"
         self.machine = MachineDesk(self.hypervisor, self.fences, MachineBook(folder), self.maps, folder / "arriving")
+        book = HomeBook(self.ledger.folder / "homes")
+        self.homes = HomeDesk(self.hypervisor, self.fences, book, self.maps, self.evidence, self.progress)
         self.authority = Authority(self.config.name, self.ledger, self.passes, self.threads)
 
     def authority_is_current(self, order: Order) -> bool:
@@ -195,6 +203,8 @@ class AgentService:
                 return await self._ask_power(request.vm_uuid)
             case DescribeMachine():
                 return await self._asked(request.vm_uuid, lambda: self.machine.describe(request.vm_uuid))
+            case DescribeProvisions():
+                return await self.threads.on_libvirt(lambda: self.homes.describe(request))
             case AskAuthority():
                 return self.authority.describe(request, peer)
             case AskEvidence():
@@ -226,6 +236,8 @@ class AgentService:
                 await self.passes.end(request.order.pair)
             if isinstance(request, MachineOrder):
                 return await self.threads.on_libvirt(lambda: self.machine.obey(request))
+            if isinstance(request, HomeOrder):
+                return await self.threads.on_libvirt(lambda: self.homes.obey(request))
             return await self._obey(request)
 
     async def _obey(self, request: Request) -> Reply:

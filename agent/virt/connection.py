@@ -125,6 +125,15 @@ class Connection:
         with errors_of(operation, vm):
             return question(self._alive())
 
+    def alive(self) -> Any:
+        """A handle for an act, which is not repeated: libvirt is asked whether the connection stands first.
+
+        Raises:
+            HypervisorUnreachable: there is none.
+        """
+        self.ask(lambda handle: handle.getLibVersion(), "asking for its version", "-")
+        return self._alive()
+
     def _alive(self) -> Any:
         with self._lock:
             if self._handle is not None and not self._handle_is_alive():

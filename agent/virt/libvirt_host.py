@@ -11,9 +11,10 @@ from typing import Any
 import libvirt
 
 from agent.errors import HypervisorError, NoSuchDomain
-from agent.virt import checkpoints, guest_agent, inspection, machine, merging, overlays, protection, views
+from agent.virt import checkpoints, guest_agent, inspection, machine, merging, overlays, protection, provisioning, views
 from agent.virt.connection import Connection, errors_of
 from agent.virt.places import Places, lib_dir_of, log_and_run_dir_of
+from agent.virt.provision_seam import HostProvisions, Volume
 from agent.virt.seam import (
     NO_EARLIER_VIEW,
     Domain,
@@ -299,6 +300,36 @@ class LibvirtHost:
         """See `agent.virt.seam.Hypervisor.networks`."""
         found: tuple[str, ...] = self._connection.ask(machine.networks, "listing its networks", "-")
         return found
+
+    def provisions(self, arch: str, virt_type: str, machine: str) -> HostProvisions:
+        """See `agent.virt.provision_seam.Provider.provisions`."""
+        found: HostProvisions = self._connection.ask(
+            lambda handle: provisioning.provisions(handle, arch, virt_type, machine), "asking what it provides", "-"
+        )
+        return found
+
+    def find_volume(self, pool: str, name: str) -> Volume | None:
+        """See `agent.virt.provision_seam.Provider.find_volume`."""
+        found: Volume | None = self._connection.ask(
+            lambda handle: provisioning.find_volume(handle, pool, name), "looking for a volume", pool
+        )
+        return found
+
+    def create_volume(self, pool: str, name: str, image_format: str, size_bytes: int) -> Volume:
+        """See `agent.virt.provision_seam.Provider.create_volume`."""
+        return provisioning.create_volume(self._connection.alive(), pool, name, image_format, size_bytes)
+
+    def remove_volume(self, pool: str, name: str) -> None:
+        """See `agent.virt.provision_seam.Provider.remove_volume`."""
+        provisioning.remove_volume(self._connection.alive(), pool, name)
+
+    def define_new(self, uuid: str, name: str, xml: str) -> None:
+        """See `agent.virt.provision_seam.Provider.define_new`."""
+        provisioning.define_new(self._connection.alive(), uuid, name, xml)
+
+    def undefine(self, uuid: str, *, keep_nvram: bool) -> None:
+        """See `agent.virt.provision_seam.Provider.undefine`."""
+        provisioning.undefine(self._connection.alive(), uuid, keep_nvram=keep_nvram)
 
     def close(self) -> None:
         """See `agent.virt.seam.Hypervisor.close`."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from agent.virt.provision_seam import Provider
+
 
 class PowerState(enum.Enum):
     """What a domain is doing, reduced to what failback must tell apart."""
@@ -227,7 +229,7 @@ class TrackOverlay:
     definition: str
 
 
-class Hypervisor(Protocol):
+class Hypervisor(Provider, Protocol):
     """A host that runs domains. Domains are named by UUID (canonical, lower case) except in `find`."""
 
     def facts(self) -> HostFacts:

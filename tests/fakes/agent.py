@@ -27,8 +27,10 @@ from protocol.messages import (
     CleanLeftovers,
     CloseView,
     Condition,
+    CreateVm,
     DescribeHost,
     DescribeMachine,
+    DescribeProvisions,
     Direction,
     DiskDescription,
     DiskProgress,
@@ -45,9 +47,11 @@ from protocol.messages import (
     HeldFence,
     HeldPair,
     Holdings,
+    HomeOrder,
     HostDescription,
     ImageDescription,
     InspectVm,
+    KeepCreated,
     KeepRestorePoint,
     LiftDescription,
     LiftFence,
@@ -75,6 +79,7 @@ from protocol.messages import (
     RememberPair,
     Remnant,
     RemnantKind,
+    RemoveCreated,
     Reply,
     Request,
     RunPass,
@@ -88,9 +93,11 @@ from protocol.messages import (
     TrackingRead,
     Unprotect,
     ViewOpened,
+    VmCreated,
     VmDescription,
 )
 from tests.fakes.checks import FakeMaps
+from tests.fakes.homes import FakeHomes
 from tests.fakes.machine import FakeMachine
 from tests.fakes.records import FakeView, SourceRecords, TargetRecords
 from tests.fakes.samples import FakeSamples
@@ -199,6 +206,7 @@ class World:
         self.passes: dict[str, _Meeting] = {}
         self.limits: dict[str, tuple[int | None, int | None]] = {}  # network and read, of each host's last pass
         self.maps = FakeMaps()
+        self.homes = FakeHomes()
         self.samples = FakeSamples()
         self.told: dict[tuple[str, Side], tuple[str, RememberPair]] = {}  # what each host was told of its pair
         self.remnants: dict[str, tuple[Remnant, ...]] = {}  # what runs left, by host
@@ -335,8 +343,29 @@ class World:
             case _ if isinstance(request, MachineOrder):
                 vm = self.vm(request.vm_uuid, host)
                 return vm.machine.obey(request, vm.disks, is_off=vm.is_off, fenced=vm.fence is not None)
+            case DescribeProvisions():
+                return self.homes.provisions
+            case _ if isinstance(request, HomeOrder):
+                return self._home(host, request)
             case _:
                 return self._obey(self.vm(request.vm_uuid, host), request)
+
+    def _home(self, host: str, request: HomeOrder) -> Reply:
+        """From here on the VM that is made is `original`, which passes write to, and what was it is `former`."""
+        if isinstance(request, CreateVm):
+            self.homes.create(request)
+            if self.original.uuid != request.vm_uuid:
+                disks = {volume.target: b"" for volume in request.volumes}
+                made = FakeVm(request.vm_uuid, request.name, host, Power.OFF, disks, autostart=False)
+                self.original, self.former = made, self.original
+            return VmCreated(paths=tuple(f"/{volume.pool}/{volume.target}" for volume in request.volumes))
+        if isinstance(request, RemoveCreated) and self.homes.forget(request.vm_uuid):
+            assert self.former is not None
+            assert self.original.is_off, "a VM that runs is removed"
+            self.original, self.former = self.former, None
+        elif isinstance(request, KeepCreated):
+            self.homes.forget(request.vm_uuid)
+        return Done()
 
     def holdings(self, host: str) -> Holdings:
         """What the agent of that host holds."""

@@ -45,9 +45,11 @@ from agent.virt.seam import (
     Snapshot,
     SourceKind,
     StatePlace,
+    StateRole,
     TrackOverlay,
     View,
 )
+from tests.fakes.provider import FakeProvider, FakeStorage
 
 
 class GuestBehaviour(enum.Enum):
@@ -151,6 +153,7 @@ class FakeMachine:
         self.lock = threading.RLock()
         self.domains: dict[str, FakeDomain] = {}
         self.networks: tuple[str, ...] = ("network:default",)
+        self.storage = FakeStorage()
 
     def define(
         self,
@@ -192,11 +195,12 @@ class FakeMachine:
         return job.frozen[view.exports[target]]
 
 
-class FakeHypervisor:
+class FakeHypervisor(FakeProvider):
     """`agent.virt.seam.Hypervisor` on a `FakeMachine`; several on one machine are an agent's successive lives."""
 
     def __init__(self, machine: FakeMachine) -> None:
         self.machine = machine
+        super().__init__(machine.storage)
 
     def facts(self) -> HostFacts:
         return HostFacts(
@@ -499,6 +503,24 @@ class FakeHypervisor:
 
     def networks(self) -> tuple[str, ...]:
         return self.machine.networks
+
+    def define_new(self, uuid: str, name: str, xml: str) -> None:
+        with self.machine.lock:
+            taken = [d for d in self.machine.domains.values() if uuid == d.uuid or name == d.name]
+            if taken:
+                raise HypervisorError(f"This host has a VM {taken[0].name} already.", vm=name)
+            read_definition(self.machine.define(name, {}, uuid=uuid), xml)
+
+    def undefine(self, uuid: str, *, keep_nvram: bool) -> None:
+        with self.machine.lock:
+            domain = self.machine.domains.get(uuid)
+            if domain is None:
+                return
+            _require_off(domain)
+            for place in domain.state_places:
+                if place.role is StateRole.NVRAM and not keep_nvram:
+                    place.path.unlink(missing_ok=True)
+            del self.machine.domains[uuid]
 
     def close(self) -> None:
         return
