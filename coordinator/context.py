@@ -22,6 +22,7 @@ from protocol.messages import Condition, Order, Power
 
 SURVEY = "survey"
 PROTECT_ORIGINAL = "protect_original"
+CREATE_HOME = "create_home"
 LIFT_ORIGINAL_FENCE = "lift_original_fence"
 
 

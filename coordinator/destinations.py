@@ -14,6 +14,7 @@ from coordinator.exclusions import Why
 from coordinator.findings import NO_VM, Problem, clause
 from coordinator.model import Home, Pair, Refusal, RunOptions, VmRef
 from coordinator.moving import map_destination, moved
+from coordinator.new_home import NewHome, look
 from coordinator.store import Store
 from protocol.messages import InspectVm, Power, VmDescription
 
@@ -21,11 +22,12 @@ from protocol.messages import InspectVm, Power, VmDescription
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sought:
     """What was found. `pair`: as the run would make it; None where there is no destination that could be planned for.
-    `notes`: what a person should know of the move before it."""
+    `notes`: what a person should know of the move before it. `home`: the VM that the run would make anew."""
 
     pair: Pair | None
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    home: NewHome | None = None
 
 
 async def seek(agents: AgentDirectory, store: Store, pair: Pair, options: RunOptions) -> Sought:
@@ -38,11 +40,7 @@ async def seek(agents: AgentDirectory, store: Store, pair: Pair, options: RunOpt
     if not to.moves:
         return Sought(pair=pair)
     if to.home is Home.HOST:
-        sentence = (
-            f"A VM cannot be made anew on {to.host}: define one there with disks as large as the replica's, and use "
-            f"`--to vm {to.host}:NAME`."
-        )
-        return Sought(pair=None, refusals=(Refusal(code="new-location", about=to.host, sentence=sentence),))
+        return await _new_home(agents, store, pair, options)
     found = await _inspect(agents, to.host, to.vm)
     if isinstance(found, Problem):
         return Sought(pair=None, refusals=(_not_there(options, found),))
@@ -58,6 +56,28 @@ async def seek(agents: AgentDirectory, store: Store, pair: Pair, options: RunOpt
         pair=moved(pair, ref, disks),
         refusals=(*_on(ref, found), *_former_on(pair, former, options)),
         notes=tuple(_notes(pair, ref, former)),
+    )
+
+
+async def _new_home(agents: AgentDirectory, store: Store, pair: Pair, options: RunOptions) -> Sought:
+    home = await look(agents, pair, options)
+    if isinstance(home, Refusal):
+        return Sought(pair=None, refusals=(home,))
+    ref = home.vm
+    taken = await store.read(lambda connection: _taken(connection, pair, ref))
+    former = await _inspect(agents, pair.original.host, pair.original.uuid)
+    if home.refusals or taken:
+        return Sought(
+            pair=None,
+            refusals=(*home.refusals, *taken, *_former_on(pair, former, options)),
+            notes=home.notes,
+            home=home,
+        )
+    return Sought(
+        pair=moved(pair, ref, home.disks),
+        refusals=tuple(_former_on(pair, former, options)),
+        notes=(*_home_notes(pair, home), *_former_notes(pair, former), *home.notes),
+        home=home,
     )
 
 
@@ -144,6 +164,15 @@ def _former_on(pair: Pair, former: VmDescription | Problem, options: RunOptions)
     yield Refusal(code="former-runs", about=vm.name, sentence=sentence)
 
 
+def _home_notes(pair: Pair, home: NewHome) -> Iterator[str]:
+    vm, ref = pair.original, home.vm
+    volumes = ", ".join(f"{volume.target} ({volume.format}) in {volume.pool}" for volume in home.volumes)
+    yield (
+        f"The pair moves: {ref.name} is made anew on {ref.host}, with the volumes {volumes}, and becomes its original. "
+        f"Undo and cancel remove what was made, and nothing else, and give {vm.name} on {vm.host} back to the pair."
+    )
+
+
 def _notes(pair: Pair, ref: VmRef, former: VmDescription | Problem) -> Iterator[str]:
     vm = pair.original
     yield (
@@ -151,6 +180,11 @@ def _notes(pair: Pair, ref: VmRef, former: VmDescription | Problem) -> Iterator[
         f"cancel give {vm.name} on {vm.host} back to the pair untouched, and leave {ref.name} off, fenced and marked "
         "overwritten."
     )
+    yield from _former_notes(pair, former)
+
+
+def _former_notes(pair: Pair, former: VmDescription | Problem) -> Iterator[str]:
+    vm = pair.original
     if isinstance(former, VmDescription):
         yield f"The original {vm.name} on {vm.host} stays off and fenced; commit puts it on the exclusion list."
     elif former.code == NO_VM:

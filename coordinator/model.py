@@ -6,6 +6,7 @@ import enum
 import re
 from dataclasses import dataclass, field
 
+from coordinator.place_mapping import PlaceMapping
 from protocol.messages import Tracking
 
 PAIR_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -247,6 +248,7 @@ class RunOptions:
             back; None: not decided, which a plan does (`coordinator.protecting.settled`).
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
         to: where the data is brought.
+        mapping: what the VM is attached to in an entirely new location.
         former_original_gone: a person's word that the original a run moves away from never comes back.
     """
 
@@ -273,6 +275,7 @@ class RunOptions:
     protect_original: bool | None = None
     to: Destination = field(default_factory=Destination)
     former_original_gone: bool = False
+    mapping: PlaceMapping = field(default_factory=PlaceMapping)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

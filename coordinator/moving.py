@@ -12,6 +12,7 @@ from dataclasses import replace
 from sqlalchemy import Connection
 
 from coordinator import duties, exclusions, registry
+from coordinator.context import CREATE_HOME
 from coordinator.exclusions import Exclusion, Why
 from coordinator.model import DiskPair, FormerOriginal, OriginalFlag, Pair, VmRef
 from coordinator.rounds import is_pass
@@ -39,6 +40,12 @@ def moved(pair: Pair, vm: VmRef, disks: tuple[DiskPair, ...]) -> Pair:
 def is_overwritten(log: RunLog) -> bool:
     """Whether the run may have written to the original's disks."""
     return any(is_pass(entry.step) for entry in log.entries)
+
+
+def removed(log: RunLog) -> bool:
+    """Whether the destination was made by the run, so that it is gone when the run is taken back; or, where its host
+    could not be asked to remove it, is on the exclusion list already."""
+    return log.intended(CREATE_HOME)
 
 
 def repoint(connection: Connection, wanted: Pair) -> None:
@@ -72,7 +79,7 @@ def give_back(connection: Connection, name: str, run: str, log: RunLog, at_s: fl
     former = pair.former
     if former is None:
         return
-    if is_overwritten(log):
+    if is_overwritten(log) and not removed(log):
         targets = tuple(disk.original for disk in pair.disks)
         entry = Exclusion(vm=pair.original, targets=targets, why=Why.OVERWRITTEN, pair=name, run=run, since_s=at_s)
         exclusions.add(connection, entry)

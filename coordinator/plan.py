@@ -10,7 +10,7 @@ from coordinator.estimates import estimate, last_rung
 from coordinator.evidence import HAS_BITMAPS
 from coordinator.findings import Case, DiskCase, Findings
 from coordinator.machine import missing_disks
-from coordinator.model import LateEvidence, Pair, Plan, PlannedDisk, RunOptions
+from coordinator.model import Home, LateEvidence, Pair, Plan, PlannedDisk, RunOptions
 from coordinator.planned_steps import is_off, planned_steps, power_of
 from coordinator.protecting import protection_notes, verdict
 from coordinator.refusals import find_refusals
@@ -49,7 +49,7 @@ def make_plan(pair: Pair, findings: Findings, options: RunOptions) -> Plan:
         steps=tuple(planned_steps(case)),
         notes=(
             *(() if pair.former is not None else divergence_notes(case)),
-            *protection_notes(case, protection),
+            *(() if options.to.home is Home.HOST else protection_notes(case, protection)),
             *_notes(case),
         ),
         estimate=costs,

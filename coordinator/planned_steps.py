@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from coordinator.findings import Case
 from coordinator.machine import carries_state
-from coordinator.model import OnFailure, RunOptions, ShutdownPolicy, SwitchPolicy
+from coordinator.model import Home, OnFailure, RunOptions, ShutdownPolicy, SwitchPolicy
 from coordinator.timing import LATEST_S, moment
 from protocol.messages import Power, Side, Tracking
 
@@ -14,6 +14,8 @@ from protocol.messages import Power, Side, Tracking
 def planned_steps(case: Case) -> Iterator[str]:
     """What `start` would do with these options, a sentence each."""
     original, options, pair = case.pair.original, case.options, case.pair.name
+    if options.to.home is Home.HOST:
+        yield f"make the VM {original.name} on {original.host}, with a volume for each disk; nothing else is touched"
     yield "put the pair's replication on hold: the executables in hooks.d/hold, each exit code obeyed"
     if case.pair.former is not None:
         was = case.pair.former.vm

@@ -9,6 +9,7 @@ from coordinator.model import RestorePoint
 from coordinator.records import FenceRecord, HooksRecord, KeptDisk, KeptRecord, Nothing, RestorePointRecord
 from coordinator.steps import Step, prove_off
 from coordinator.steps_check import EndAudit
+from coordinator.steps_home import KeepHome
 from coordinator.steps_machine import ForgetMachine
 from coordinator.steps_move import KeepFormerOff
 from coordinator.steps_switch import FenceReplica
@@ -141,6 +142,7 @@ COMMIT_STEPS: tuple[Step, ...] = (
     EndAudit(),
     MergeOriginal(),
     KeepFormerOff(),
+    KeepHome(),
     DropRestorePoint(),
     ForgetRecords(),
     MakeRestorePoint(),

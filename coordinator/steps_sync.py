@@ -14,7 +14,7 @@ from coordinator.entries import EntryKind, Phase
 from coordinator.errors import STALE_EPOCH, AgentRefused, CoordinatorError, HostUnreachable, is_silent
 from coordinator.hooks import Hook
 from coordinator.machine import carries_state
-from coordinator.moving import is_overwritten
+from coordinator.moving import is_overwritten, removed
 from coordinator.pair_memory import remember_pair
 from coordinator.plain import from_json
 from coordinator.records import (
@@ -43,6 +43,7 @@ from coordinator.steps import (
     settle_flag,
     take_fence,
 )
+from coordinator.steps_home import CreateHome
 from coordinator.steps_machine import CreateMissing, MapMissing, missing_in
 from coordinator.steps_move import FenceFormer
 from protocol.messages import (
@@ -292,10 +293,11 @@ class FenceOriginal(Step):
             fence = await take_fence(context, Side.ORIGINAL)
             condition, _ = await settle_flag(context, before, fence)
             if context.pair.former is not None and is_overwritten(context.log):
-                await context.notice(
-                    f"{context.pair.original.name} on {host}, where the run was to go, is overwritten: it stays "
-                    "off and fenced"
-                )
+                if not removed(context.log):
+                    await context.notice(
+                        f"{context.pair.original.name} on {host}, where the run was to go, is overwritten: it stays "
+                        "off and fenced"
+                    )
                 return ReleaseRecord(kept=True, condition=condition.value, why="overwritten")
             if condition is not Condition.TORN:
                 lift = LiftFence(order=context.order, vm_uuid=context.pair.original.uuid, restore_autostart=False)
@@ -385,6 +387,7 @@ class ClearTracking(Step):
 
 
 SYNC_STEPS: tuple[Step, ...] = (
+    CreateHome(),
     MapMissing(),
     Survey(),
     HoldReplication(),

@@ -13,7 +13,7 @@ from xml.parsers.expat import ExpatError
 from agent.errors import HypervisorError
 from agent.virt.names import ImageRef
 
-_TOP = frozenset(
+TOP = frozenset(
     (
         "name",
         "uuid",
@@ -40,7 +40,7 @@ _TOP = frozenset(
         "sysinfo",
     )
 )
-_DEVICES = frozenset(
+DEVICES = frozenset(
     (
         "disk",
         "controller",
@@ -67,8 +67,8 @@ _DEVICES = frozenset(
 )
 _NICS = {"network": "network", "bridge": "bridge", "user": None}
 _CHARACTER = ("serial", "console", "parallel", "channel")
-_CHARACTER_KINDS = ("pty", "unix", "spicevmc", "qemu-vdagent", "null")
-_FILES = ("loader", "kernel", "initrd", "dtb", "shim")
+CHARACTER_KINDS = ("pty", "unix", "spicevmc", "qemu-vdagent", "null")
+FILES = ("loader", "kernel", "initrd", "dtb", "shim")
 _RANDOM = ("/dev/random", "/dev/urandom")
 
 
@@ -140,7 +140,7 @@ def _put_on(disk: minidom.Element, image: ImageRef) -> None:
 def _unknown(root: minidom.Element, files: Collection[str]) -> Iterator[str]:
     """What may not stand there, in words."""
     for element in _elements(root):
-        if element.tagName not in _TOP:
+        if element.tagName not in TOP:
             yield f"an element <{element.tagName}>"
     for os in _children(root, "os"):
         for element in _boot_files(os):
@@ -155,7 +155,7 @@ def _unknown(root: minidom.Element, files: Collection[str]) -> Iterator[str]:
 
 def _unknown_device(device: minidom.Element) -> Iterator[str]:
     tag, kind = device.tagName, device.getAttribute("type")
-    if tag not in _DEVICES:
+    if tag not in DEVICES:
         yield f"a device <{tag}>"
     elif tag == "disk" and (_children(device, "source") or _children(device, "backingStore")):
         yield "a disk with a source"
@@ -166,9 +166,7 @@ def _unknown_device(device: minidom.Element) -> Iterator[str]:
             yield f"a NIC of the type {kind or '-'}"
         elif any({name for name, _ in source.attributes.items()} - {attribute} for source in sources):
             yield "a NIC with more of a source than its network"
-    elif tag in _CHARACTER and (
-        kind not in _CHARACTER_KINDS or _children(device, "source") or _children(device, "log")
-    ):
+    elif tag in _CHARACTER and (kind not in CHARACTER_KINDS or _children(device, "source") or _children(device, "log")):
         yield f"a <{tag}> of the type {kind or '-'}"
     elif tag == "rng" and any(_text(backend) not in _RANDOM for backend in _children(device, "backend")):
         yield "a source of random numbers"
@@ -181,7 +179,7 @@ def _unknown_device(device: minidom.Element) -> Iterator[str]:
 
 
 def _boot_files(os: minidom.Element) -> list[minidom.Element]:
-    return [element for tag in _FILES for element in _children(os, tag)]
+    return [element for tag in FILES for element in _children(os, tag)]
 
 
 def _root(xml: str) -> minidom.Element:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from coordinator.cli.parameters import DURATION_S, RATE, SWITCH_WHEN, WAY_HOME
-from coordinator.errors import Refused
+from coordinator.destinations import Sought
+from coordinator.errors import Refused, UsageError
 from coordinator.model import (
     Destination,
+    Home,
     LateEvidence,
     OnFailure,
     Plan,
@@ -22,6 +25,7 @@ from coordinator.model import (
     ShutdownPolicy,
     SwitchPolicy,
 )
+from coordinator.place_mapping import mapping_of
 from coordinator.plan import make_plan
 from coordinator.runs import Coordinator
 from coordinator.switch_order import check_switch_time
@@ -37,6 +41,19 @@ _OPTIONS = (
         show_default=True,
         help="Where to: the original, in place; a VM restored beforehand elsewhere, whose disks are overwritten; or a "
         "host on which the VM is made anew. With the last two that VM becomes the pair's original.",
+    ),
+    click.option(
+        "--map",
+        "map_words",
+        metavar="KIND:OLD=NEW",
+        multiple=True,
+        help="With --to host: network:br0=br1, pool:fast=default or pool:vda=default, firmware:PATH=PATH, name=NEW.",
+    ),
+    click.option(
+        "--mapping",
+        "mapping_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="With --to host: a file of the same, which `failback plan --write-mapping FILE` drafts; --map counts first.",
     ),
     click.option(
         "--former-original-gone",
@@ -181,6 +198,8 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def chosen_options(
     *,
     to: Destination,
+    map_words: tuple[str, ...],
+    mapping_file: Path | None,
     former_original_gone: bool,
     power_on: bool,
     power_off_original: bool,
@@ -206,9 +225,13 @@ def chosen_options(
 ) -> RunOptions:
     """The options as values; `UsageError` where the time to switch is past."""
     switch, switch_at_s = switch_when
+    mapping = mapping_of(map_words, mapping_file)
+    if to.home is not Home.HOST and not mapping.is_empty:
+        raise UsageError("--map and --mapping are for --to host alone: leave them out", code="bad-mapping")
     check_switch_time(switch_at_s, time.time())
     return RunOptions(
         to=to,
+        mapping=mapping,
         former_original_gone=former_original_gone,
         power_on=power_on,
         power_off_original=power_off_original,
@@ -238,9 +261,31 @@ async def plan_run(coordinator: Coordinator, pair: str, options: RunOptions, *, 
     """Ask both agents and make the plan; changes nothing. `estimate`: sample the disks, which takes some seconds."""
     sought = await coordinator.destination(pair, options)
     if sought.pair is None:
-        return Plan(pair=pair, refusals=sought.refusals, disks=(), steps=())
-    plan = make_plan(sought.pair, await coordinator.findings(pair, sampled=estimate, wanted=sought.pair), options)
+        return Plan(pair=pair, refusals=sought.refusals, disks=(), steps=(), notes=sought.notes)
+    home = sought.home
+    findings = await coordinator.findings(pair, sampled=estimate and home is None, wanted=sought.pair)
+    if home is not None:
+        findings = replace(findings, original=home.side)
+    plan = make_plan(sought.pair, findings, options)
     return replace(plan, refusals=(*sought.refusals, *plan.refusals), notes=(*sought.notes, *plan.notes))
+
+
+def write_draft(file: Path, sought: Sought) -> None:
+    """Write a draft of the mapping; a file that is there already stays as it is.
+
+    Raises:
+        UsageError: there is nothing to map, or the file cannot be made.
+    """
+    if sought.home is None:
+        why = f": {sought.refusals[0].sentence.rstrip('.')}" if sought.refusals else ", for there is no new location"
+        raise UsageError(f"no mapping can be drafted{why}; --write-mapping is for --to host", code="bad-mapping")
+    try:
+        with file.open("x", encoding="utf-8") as made:
+            made.write(sought.home.draft())
+    except OSError as error:
+        raise UsageError(
+            f"{file} cannot be written: {error.strerror}; name another file", code="bad-mapping"
+        ) from error
 
 
 def refused(plan: Plan) -> Refused:

@@ -353,8 +353,9 @@ class World:
     def _home(self, host: str, request: HomeOrder) -> Reply:
         """From here on the VM that is made is `original`, which passes write to, and what was it is `former`."""
         if isinstance(request, CreateVm):
+            known = request.vm_uuid in self.homes.made
             self.homes.create(request)
-            if self.original.uuid != request.vm_uuid:
+            if not known:
                 disks = {volume.target: b"" for volume in request.volumes}
                 made = FakeVm(request.vm_uuid, request.name, host, Power.OFF, disks, autostart=False)
                 self.original, self.former = made, self.original

@@ -51,7 +51,8 @@ class FakeMachine:
     def describe(self, uuid: str, targets: tuple[str, ...]) -> MachineDescription:
         disks = "".join(f"<disk device='disk'><target dev='{target}' bus='virtio'/></disk>" for target in targets)
         definition = (
-            f"<domain><memory unit='KiB'>{self.memory_kib}</memory><vcpu>{self.vcpus}</vcpu>"
+            "<domain type='kvm'><os><type arch='x86_64' machine='pc'>hvm</type></os>"
+            f"<memory unit='KiB'>{self.memory_kib}</memory><vcpu>{self.vcpus}</vcpu>"
             f"<devices>{disks}{''.join(self.nics)}</devices></domain>"
         )
         kinds = {kind for kind, _ in self.state}

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from coordinator.context import CREATE_HOME
 from coordinator.entries import EntryKind, Phase
 from coordinator.steps import Step
 from coordinator.steps_check import AUDIT_STEP
@@ -52,9 +53,11 @@ class Boundary:
         return "before" if self.kind is EntryKind.INTENT else "after"
 
 
-WHOLE_MACHINE = frozenset((MAP_MISSING, CREATE_MISSING, APPLY_CONFIG, CARRY_STATE, "keep_machine"))
-"""Steps that a pair with BIOS, equal definitions and equal disks does not need: ``tests/unit/test_machine_runs.py``
-strikes at both sides of them."""
+WHOLE_MACHINE = frozenset(
+    (MAP_MISSING, CREATE_MISSING, APPLY_CONFIG, CARRY_STATE, "keep_machine", CREATE_HOME, "keep_home")
+)
+"""Steps that a pair with BIOS, equal definitions and equal disks that goes home in place does not need:
+``tests/unit/test_machine_runs.py`` and ``tests/unit/test_new_home.py`` strike at both sides of them."""
 
 
 def of_the_pair(steps: Iterable[Step]) -> tuple[Step, ...]:
