@@ -53,7 +53,7 @@ _OPTIONS = (
         "--mapping",
         "mapping_file",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="With --to host: a file of the same, which `failback plan --write-mapping FILE` drafts; --map counts first.",
+        help="With --to host: a file of the same, which `failback plan --write-mapping FILE` drafts.",
     ),
     click.option(
         "--former-original-gone",

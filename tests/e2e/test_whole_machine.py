@@ -48,12 +48,12 @@ def _uefi(*devices: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _nvram(vm: LabVm) -> Path:
+def nvram_of(vm: LabVm) -> Path:
     """As seen from outside: the host's own /var/lib/libvirt."""
     return vm.host.folder / "lib/qemu/nvram" / f"{vm.name}_VARS.fd"
 
 
-def _tpm_state(vm: LabVm) -> dict[str, bytes]:
+def tpm_state(vm: LabVm) -> dict[str, bytes]:
     uuid = vm.host.virsh("domuuid", vm.name)
     folder = vm.host.folder / "lib/swtpm" / uuid / "tpm2"
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
@@ -64,7 +64,7 @@ def _modes(path: Path) -> tuple[int, int, int]:
     return found.st_uid, found.st_gid, found.st_mode
 
 
-def _machine_pair(site: Site, name: str, *devices: str) -> LabPair:
+def machine_pair(site: Site, name: str, *devices: str) -> LabPair:
     """A pair with UEFI firmware; both VMs have run once, so that both have variables of their own."""
     pair = site.make_pair(name, failed_over=False, size_bytes=32 << 20)
     for vm in (pair.original, pair.replica):
@@ -75,17 +75,17 @@ def _machine_pair(site: Site, name: str, *devices: str) -> LabPair:
     return pair
 
 
-def _take_over(site: Site, pair: LabPair) -> None:
+def take_over(site: Site, pair: LabPair) -> None:
     pair.replica.start()
     site.failback("failover", pair.name)
 
 
-def _change_variables(vm: LabVm, mark: bytes) -> bytes:
+def change_variables(vm: LabVm, mark: bytes) -> bytes:
     """Put a mark into the spare area of the variable store, where firmware looks at nothing; returns all of it."""
-    with _nvram(vm).open("r+b") as store:
+    with nvram_of(vm).open("r+b") as store:
         store.seek(-64, 2)
         store.write(mark)
-    return _nvram(vm).read_bytes()
+    return nvram_of(vm).read_bytes()
 
 
 def _leftovers(vm: LabVm) -> list[str]:
@@ -93,51 +93,51 @@ def _leftovers(vm: LabVm) -> list[str]:
 
 
 def test_a_uefi_guests_variables_come_home_byte_for_byte_and_undo_gives_the_old_back(site: Site) -> None:
-    pair = _machine_pair(site, "uefi")
-    old = _change_variables(pair.original, b"old")
-    owner = _modes(_nvram(pair.original))
-    _take_over(site, pair)
-    new = _change_variables(pair.replica, b"boot entry of the failover")
+    pair = machine_pair(site, "uefi")
+    old = change_variables(pair.original, b"old")
+    owner = _modes(nvram_of(pair.original))
+    take_over(site, pair)
+    new = change_variables(pair.replica, b"boot entry of the failover")
     plan = site.failback("plan", pair.name)
     assert plan["plan"]["refusals"] == []
     site.failback(*START, "--no-power-on", pair.name)
     # The guest's own shutdown may have written variables too: the replica's file as it was left is what counts.
     assert b"boot entry of the failover" in new
-    assert _nvram(pair.original).read_bytes() == _nvram(pair.replica).read_bytes()
-    assert b"boot entry of the failover" in _nvram(pair.original).read_bytes()
-    assert _modes(_nvram(pair.original)) == owner
+    assert nvram_of(pair.original).read_bytes() == nvram_of(pair.replica).read_bytes()
+    assert b"boot entry of the failover" in nvram_of(pair.original).read_bytes()
+    assert _modes(nvram_of(pair.original)) == owner
     pair.original.start()
     site.failback("undo", pair.name, "--yes")
-    assert _nvram(pair.original).read_bytes() == old
-    assert _modes(_nvram(pair.original)) == owner
+    assert nvram_of(pair.original).read_bytes() == old
+    assert _modes(nvram_of(pair.original)) == owner
     assert pair.replica.is_running()
     assert _leftovers(pair.original) == []
 
 
 def test_a_tpms_state_comes_home_the_original_starts_with_it_and_commit_drops_the_old(site: Site) -> None:
-    pair = _machine_pair(site, "tpm", TPM)
-    old = _tpm_state(pair.original)
-    _take_over(site, pair)
+    pair = machine_pair(site, "tpm", TPM)
+    old = tpm_state(pair.original)
+    take_over(site, pair)
     site.failback(*START, "--power-on", pair.name)
     console.wait_ready(pair.original.log, after=0)
-    state = _tpm_state(pair.replica)
+    state = tpm_state(pair.replica)
     assert state
     assert state != old, "two TPMs that were made apart have other keys"
     # Starting it, swtpm may write its own counters; the keys are the replica's: its size and name are.
-    assert _tpm_state(pair.original).keys() == state.keys()
+    assert tpm_state(pair.original).keys() == state.keys()
     assert _leftovers(pair.original) != []
     site.failback("commit", pair.name, "--restore-point", "drop", "--yes")
     assert _leftovers(pair.original) == []
 
 
 def test_undo_gives_a_tpms_old_state_back(site: Site) -> None:
-    pair = _machine_pair(site, "tpmundo", TPM)
-    old = _tpm_state(pair.original)
-    _take_over(site, pair)
+    pair = machine_pair(site, "tpmundo", TPM)
+    old = tpm_state(pair.original)
+    take_over(site, pair)
     site.failback(*START, "--no-power-on", pair.name)
-    assert _tpm_state(pair.original) == _tpm_state(pair.replica) != old
+    assert tpm_state(pair.original) == tpm_state(pair.replica) != old
     site.failback("undo", pair.name, "--yes")
-    assert _tpm_state(pair.original) == old
+    assert tpm_state(pair.original) == old
     assert _leftovers(pair.original) == []
 
 
