@@ -58,7 +58,7 @@ _OPTIONS = (
     click.option(
         "--former-original-gone",
         is_flag=True,
-        help="With --to vm and --to host: the present original never comes back, so that its identity may be used.",
+        help="With --to host: the present original never comes back; the new VM takes its UUID and MAC addresses.",
     ),
     click.option("--power-on/--no-power-on", default=True, help="Power the original on at the end (default: on)."),
     click.option(
@@ -226,8 +226,10 @@ def chosen_options(
     """The options as values; `UsageError` where the time to switch is past."""
     switch, switch_at_s = switch_when
     mapping = mapping_of(map_words, mapping_file)
-    if to.home is not Home.HOST and not mapping.is_empty:
-        raise UsageError("--map and --mapping are for --to host alone: leave them out", code="bad-mapping")
+    if to.home is not Home.HOST and (former_original_gone or not mapping.is_empty):
+        raise UsageError(
+            "--map, --mapping and --former-original-gone are for --to host alone: leave them out", code="bad-mapping"
+        )
     check_switch_time(switch_at_s, time.time())
     return RunOptions(
         to=to,

@@ -53,16 +53,18 @@ class Boundary:
         return "before" if self.kind is EntryKind.INTENT else "after"
 
 
-WHOLE_MACHINE = frozenset(
-    (MAP_MISSING, CREATE_MISSING, APPLY_CONFIG, CARRY_STATE, "keep_machine", CREATE_HOME, "keep_home")
-)
-"""Steps that a pair with BIOS, equal definitions and equal disks that goes home in place does not need:
-``tests/unit/test_machine_runs.py`` and ``tests/unit/test_new_home.py`` strike at both sides of them."""
+WHOLE_MACHINE = frozenset((MAP_MISSING, CREATE_MISSING, APPLY_CONFIG, CARRY_STATE, "keep_machine"))
+"""Steps that a pair with BIOS, equal definitions and equal disks does not need: ``tests/unit/test_machine_runs.py``
+strikes at both sides of them."""
+OF_A_MOVE = frozenset(("fence_former", "keep_former_off", CREATE_HOME, "keep_home"))
+"""Steps of a failback to another VM than the original: ``tests/unit/test_moves.py`` and ``tests/unit/test_new_home.py``
+strike all along such runs."""
+OF_ANOTHER_PAIR = WHOLE_MACHINE | OF_A_MOVE
 
 
 def of_the_pair(steps: Iterable[Step]) -> tuple[Step, ...]:
     """Those that the matrix's pair comes through."""
-    return tuple(step for step in steps if step.name not in WHOLE_MACHINE)
+    return tuple(step for step in steps if step.name not in OF_ANOTHER_PAIR)
 
 
 RUN_STEPS: tuple[Step, ...] = of_the_pair((*SYNC_STEPS, *round_steps(1), *SWITCH_STEPS, AUDIT_STEP))

@@ -225,7 +225,8 @@ def test_a_plan_tells_what_is_made_and_drafts_the_mapping(tmp_path: Path) -> Non
     ]
     assert "make the VM www" in command("plan", PAIR, *to, "--mapping", str(file)).output
     assert command("plan", PAIR, *to, "--write-mapping", str(file)).exit_code == 2  # it is there already
-    assert command("plan", PAIR, "--no-estimate", "--map", "name=www").exit_code == 2
+    for words in (("--map", "name=www"), ("--former-original-gone",)):
+        assert command("plan", PAIR, "--no-estimate", *words).exit_code == 2
 
 
 def test_the_whole_from_the_command_line(tmp_path: Path) -> None:
