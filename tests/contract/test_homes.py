@@ -82,7 +82,7 @@ class FakeHome:
         self.machine = FakeMachine(folder)
         for name, room in (("fast", 1 << 40), ("tiny", 4096), ("asleep", 1 << 40)):
             (folder / name).mkdir()
-            self.machine.storage.pools[name] = FakePool(folder / name, active=name != "asleep", room_bytes=room)
+            self.machine.volumes.pools[name] = FakePool(folder / name, active=name != "asleep", room_bytes=room)
         self.host: Hypervisor = FakeHypervisor(self.machine)
         self._folder = folder
 

@@ -153,7 +153,7 @@ class FakeMachine:
         self.lock = threading.RLock()
         self.domains: dict[str, FakeDomain] = {}
         self.networks: tuple[str, ...] = ("network:default",)
-        self.storage = FakeStorage()
+        self.volumes = FakeStorage()
 
     def define(
         self,
@@ -200,7 +200,7 @@ class FakeHypervisor(FakeProvider):
 
     def __init__(self, machine: FakeMachine) -> None:
         self.machine = machine
-        super().__init__(machine.storage)
+        super().__init__(machine.volumes)
 
     def facts(self) -> HostFacts:
         return HostFacts(

@@ -40,17 +40,17 @@ class FakeProvider:
     """The part of `FakeHypervisor` that `agent.virt.provision_seam.Provider` asks for."""
 
     def __init__(self, storage: FakeStorage) -> None:
-        self.storage = storage
+        self.volumes = storage
 
     def provisions(self, arch: str, virt_type: str, machine: str) -> HostProvisions:
         if arch != "x86_64" or virt_type not in ("qemu", "kvm"):
             return HostProvisions(pools=self._pools())
         return HostProvisions(
-            machines=self.storage.machines,
+            machines=self.volumes.machines,
             cpu_modes=("host-model", "custom"),
             cpu_models=("qemu64",),
             firmware=("bios", "efi"),
-            files=self.storage.files,
+            files=self.volumes.files,
             tpm_models=("tpm-tis",),
             pools=self._pools(),
         )
@@ -62,9 +62,9 @@ class FakeProvider:
                 kind=pool.kind,
                 path=pool.path,
                 active=pool.active,
-                free_bytes=max(0, pool.room_bytes - self.storage.used_bytes(name)) if pool.active else 0,
+                free_bytes=max(0, pool.room_bytes - self.volumes.used_bytes(name)) if pool.active else 0,
             )
-            for name, pool in sorted(self.storage.pools.items())
+            for name, pool in sorted(self.volumes.pools.items())
         )
 
     def find_volume(self, pool: str, name: str) -> Volume | None:
@@ -76,18 +76,18 @@ class FakeProvider:
         path = where.path / name
         if where.kind != "dir" or image_format not in ("raw", "qcow2") or path.exists():
             raise HypervisorError(f"The volume {name} cannot be made in {pool}.", pool=pool)
-        if self.storage.used_bytes(pool) + HEADER_BYTES > where.room_bytes:
+        if self.volumes.used_bytes(pool) + HEADER_BYTES > where.room_bytes:
             raise DiskFull(f"The pool {pool} has no room for the volume {name}.", pool=pool)
         with path.open("wb") as image:
             image.truncate(size_bytes)
-        self.storage.after_create(path)
+        self.volumes.after_create(path)
         return Volume(pool=pool, name=name, path=path)
 
     def remove_volume(self, pool: str, name: str) -> None:
         (self._pool(pool).path / name).unlink(missing_ok=True)
 
     def _pool(self, name: str) -> FakePool:
-        found = self.storage.pools.get(name)
+        found = self.volumes.pools.get(name)
         if found is None or not found.active:
             raise HypervisorError(f"This host has no active storage pool {name}.", pool=name)
         return found
