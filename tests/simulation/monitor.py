@@ -30,6 +30,8 @@ class Monitor:
         tampered: a bitmap has lied, so that only the audit can know.
         differs: the original was started from something else than the replica's last state, after such a lie.
         acked: the highest epoch each host has acknowledged.
+        holds: a switchover of the run that fails is held (``--on-failure hold``).
+        forward_only: and what works on it now was not asked to take it back.
         guarding: hosts whose agent serves, and so has taken the locks of its fences.
         views: the content of every view by name, disk by disk of the replica.
     """
@@ -40,6 +42,8 @@ class Monitor:
     original_is_current: bool = False
     tampered: bool = False
     differs: bool = False
+    holds: bool = False
+    forward_only: bool = False
     acked: dict[str, int] = field(default_factory=dict)
     fenced: dict[str, bool] = field(default_factory=dict)
     views: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -73,6 +77,8 @@ class Monitor:
             self.frozen.clear()
             self._require_same(domain, self.replica, "I3: the replica is not what it was when it went off")
             if domain.started_by == "tool":
+                if self.forward_only:
+                    raise Violation("hold: the replica is put back into service, and nobody has said so")
                 self.original_is_current = False
             return
         if domain.started_by != "tool" and self._is_released(domain):

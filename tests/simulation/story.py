@@ -19,7 +19,16 @@ import trio
 from agent.errors import HypervisorError
 from agent.virt.seam import PowerState
 from coordinator.errors import CoordinatorError
-from coordinator.model import Newest, Pair, PairRequest, RestorePoint, RunOptions, ShutdownPolicy, State
+from coordinator.model import (
+    Newest,
+    OnFailure,
+    Pair,
+    PairRequest,
+    RestorePoint,
+    RunOptions,
+    ShutdownPolicy,
+    State,
+)
 from coordinator.runs import Coordinator
 from coordinator.states import TABLE, allowed_verbs
 from protocol.messages import Tracking
@@ -32,6 +41,8 @@ from tests.simulation.world import Broken, World
 ATTEMPTS = 40
 WITHIN_S = 100_000.0
 REAL_S = 60.0
+TAKEN_BACK = (State.ROLLING_BACK, State.CANCELLING, State.UNDOING)
+"""What a person has asked for to be taken back, and so goes on being."""
 REQUEST = PairRequest(
     name=PAIR, original_host="prod", original_vm="web", replica_host="dr", replica_vm="web", in_failover=True
 )
@@ -95,12 +106,17 @@ class Administrator:
         return None
 
     async def _go_on(self, pair: Pair) -> None:
+        world = self.world
         verb = self._choose(pair)
+        asked_back = verb in ("undo", "cancel") or pair.state in TAKEN_BACK
+        world.monitor.forward_only = world.monitor.holds and not asked_back
         match verb:
             case "register":
                 done = await self._do(verb, lambda c: c.register_pair(REQUEST))
             case "start":
-                done = await self._do(verb, lambda c: c.start_run(PAIR, self._options()))
+                options = self._options()
+                done = await self._do(verb, lambda c: c.start_run(PAIR, options))
+                world.monitor.holds = options.on_failure is OnFailure.HOLD
                 self.started = True
             case "commit":
                 point = RestorePoint.KEEP if self.random.random() < 0.5 else RestorePoint.DROP
@@ -137,6 +153,7 @@ class Administrator:
             kill_after_s=5.0,
             shutdown_policy=ShutdownPolicy.FORCE if random.random() < 0.7 else ShutdownPolicy.ABORT,
             background_s=5.0,
+            on_failure=OnFailure.HOLD if random.random() < 0.3 else OnFailure.ROLLBACK,
             track=Tracking.BITMAP if random.random() < 0.8 else Tracking.NONE,
             verify_full=random.random() < 0.15,
             audit=self.world.lies or random.random() < 0.8,

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ from agent.passrun import PassRunner
 from agent.sync.map_file import MapFile
 from agent.tags import tag_of
 from agent.virt.seam import EarlierView
-from coordinator import rounds, steps_switch
+from coordinator import engine, rounds, steps_switch
 from coordinator.context import RunContext
 from coordinator.records import CheckpointsRecord, Nothing, PassRecord
 from coordinator.steps_round import DropCheckpointsOfRound
@@ -265,6 +266,13 @@ VARIANTS = (
     ),
     Variant(
         name="the marks of digest maps are skipped", caught_as="6", patches=((MapFile, "mark", _marked_in_memory),)
+    ),
+    Variant(
+        name="a switchover that is to be held is rolled back",
+        caught_as="hold",
+        patches=((engine, "OnFailure", SimpleNamespace(HOLD=None)),),
+        faults=2,
+        only=("the next write to the original rots", "EIO on the next", "the target agent is killed"),
     ),
     Variant(
         name="a lost dirty bitmap is accepted",
