@@ -46,10 +46,10 @@ def kill_qemu(world: World) -> None:
         world.replica.end(killed=True)
 
 
-def cut(name: str, world: World) -> None:
+def cut(name: str, world: World, at_most_s: float = 30.0) -> None:
     """A link, for a while."""
     world.links[name].cut()
-    world.nursery.start_soon(_mend, world, name, world.random.random() * 30)
+    world.nursery.start_soon(_mend, world, name, world.random.random() * at_most_s)
 
 
 def stall(name: str, world: World) -> None:

@@ -33,7 +33,7 @@ from coordinator.runs import Coordinator
 from coordinator.states import TABLE, allowed_verbs
 from protocol.messages import Tracking
 from tests.simulation.core import Chaos, Violation
-from tests.simulation.faults import plan
+from tests.simulation.faults import cut, plan, start_original
 from tests.simulation.monitor import PAIR
 from tests.simulation.seams import installed, run_deterministically
 from tests.simulation.world import Broken, World
@@ -68,6 +68,7 @@ class Administrator:
     faults: bool
     started: bool = False
     runs_left: int = 1
+    word_given: bool = False
     outcomes: list[str] = field(default_factory=list)
 
     @property
@@ -89,6 +90,8 @@ class Administrator:
             world.chaos.say(f"=== {pair.state.value}")
             if pair.state is State.FAILOVER and world.original.state is PowerState.OFF:
                 world.monitor.original_is_current = False
+            if pair.state is State.FAILOVER and self.word_given:
+                await self._meet_again()
             if pair.state is State.READY or (
                 pair.state is State.FAILOVER and self.started and not self._begins_again()
             ):
@@ -121,13 +124,40 @@ class Administrator:
             case "commit":
                 point = RestorePoint.KEEP if self.random.random() < 0.5 else RestorePoint.DROP
                 done = await self._do(verb, lambda c: c.commit(PAIR, point, wait_audit=True))
+            case "undo" if pair.operator is not None and "--original-is-off" in pair.operator.sentence:
+                done = await self._undo_by_word()
             case "undo":
+                if self.random.random() < 0.3:
+                    cut("prod", world, 600.0)
                 done = await self._do(verb, lambda c: c.undo(PAIR))
             case "cancel":
                 done = await self._do(verb, lambda c: c.cancel(PAIR))
             case _:
                 done = await self._do(verb, lambda c: c.resume(PAIR))
         await trio.sleep(self.random.random() * (20 if done else 5))
+
+    async def _undo_by_word(self) -> bool:
+        """The administrator makes sure that the original is off, which its host cannot say."""
+        world = self.world
+        if world.original.state is not PowerState.OFF:
+            world.chaos.say("=== the original is made sure to be off by hand")
+            world.original.end()
+        cut("prod", world, 1800.0)
+        self.word_given = True
+        return await self._do("undo by word", lambda c: c.undo(PAIR, original_is_off="prod"))
+
+    async def _meet_again(self) -> None:
+        """The host of an original that was called off can be reached again: at the first contact it is fenced."""
+        world, self.word_given = self.world, False
+        world.links["prod"].mend()
+        if self.random.random() < 0.3:
+            start_original(world)
+        for _ in range(10):
+            await trio.sleep(30)
+            await self._do("contact", lambda c: c.findings(PAIR))
+            if world.monitor.durable_fence(world.original.machine, world.original.uuid):
+                return
+        raise Violation("I1: an original that was called off is not fenced at the first contact with its host")
 
     def _choose(self, pair: Pair) -> str:
         verbs = {verb.value for verb in allowed_verbs(pair)} & {"resume", "cancel", "commit", "undo"}

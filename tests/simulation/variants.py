@@ -26,6 +26,7 @@ from agent.tags import tag_of
 from agent.virt.seam import EarlierView
 from coordinator import engine, rounds, steps_switch
 from coordinator.context import RunContext
+from coordinator.duties import DutifulAgents
 from coordinator.records import CheckpointsRecord, Nothing, PassRecord
 from coordinator.steps_round import DropCheckpointsOfRound
 from coordinator.steps_switch import LastPass, LiftOriginalFence
@@ -144,6 +145,10 @@ def _no_autostart(self: SimHypervisor, uuid: str, enabled: bool) -> bool:
 
 async def _left_as_it_is(_: LiftOriginalFence, __: RunContext) -> Nothing:
     return Nothing()
+
+
+async def _does_nothing(*_: Any) -> None:
+    return
 
 
 async def _not_held(_: RunContext) -> bool:
@@ -273,6 +278,11 @@ VARIANTS = (
         patches=((engine, "OnFailure", SimpleNamespace(HOLD=None)),),
         faults=2,
         only=("the next write to the original rots", "EIO on the next", "the target agent is killed"),
+    ),
+    Variant(
+        name="the fence that a person's word owes is forgotten",
+        caught_as="I1: an original that was called off",
+        patches=((DutifulAgents, "_do_duties", _does_nothing),),
     ),
     Variant(
         name="a lost dirty bitmap is accepted",
