@@ -82,6 +82,18 @@ class Process:
     dead: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     holds: list[Hangs] = field(default_factory=list)
+    asleep: trio.Event | None = None
+
+    async def awake(self) -> None:
+        """Return when nothing holds it up (SIGSTOP)."""
+        while self.asleep is not None:
+            await self.asleep.wait()
+
+    def wake(self) -> None:
+        """SIGCONT."""
+        if self.asleep is not None:
+            event, self.asleep = self.asleep, None
+            event.set()
 
     def kill(self) -> None:
         """SIGKILL. Whoever calls this from inside calls `check` next."""

@@ -28,6 +28,11 @@ def kill_coordinator(world: World) -> None:
         world.coordinator.kill()
 
 
+def take_for_dead(world: World) -> None:
+    """Another one takes the pair over while it stands still."""
+    world.take_for_dead()
+
+
 def kill_agent(name: str, world: World) -> None:
     """SIGKILL: the kernel takes its locks and connections."""
     host = world.hosts[name]
@@ -106,6 +111,7 @@ def ignore_shutdown(world: World) -> None:
 
 FAULTS: tuple[tuple[int, str, Callable[[World], None]], ...] = (
     (8, "the coordinator is killed", kill_coordinator),
+    (3, "the coordinator is taken for dead, and wakes up", take_for_dead),
     (4, "the source agent is killed", partial(kill_agent, "dr")),
     (5, "the target agent is killed", partial(kill_agent, "prod")),
     (2, "the DR host loses its power", partial(fail_power, "dr")),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agent.sync.map_file import HEADER_BYTES
 from agent.tags import tag_of
 from agent.virt.seam import PowerState
-from protocol.messages import FenceVm, LiftFence, Reply, Request, ViewOpened
+from protocol.messages import FenceVm, LiftFence, Reply, Request, TakePair, ViewOpened
 from tests.simulation.core import ORDER, REQUEST, Chaos, Violation
 from tests.simulation.storage import PAGE
 
@@ -32,6 +32,7 @@ class Monitor:
         acked: the highest epoch each host has acknowledged.
         holds: a switchover of the run that fails is held (``--on-failure hold``).
         forward_only: and what works on it now was not asked to take it back.
+        holder: the coordinator that has taken the pair over, by host.
         guarding: hosts whose agent serves, and so has taken the locks of its fences.
         views: the content of every view by name, disk by disk of the replica.
     """
@@ -48,6 +49,7 @@ class Monitor:
     fenced: dict[str, bool] = field(default_factory=dict)
     views: dict[str, dict[str, bytes]] = field(default_factory=dict)
     frozen: dict[Path, int] = field(default_factory=dict)
+    holder: dict[str, str] = field(default_factory=dict)
     guarding: set[str] = field(default_factory=set)
     _parsed: dict[tuple[str, bytes], Any] = field(default_factory=dict)
 
@@ -146,6 +148,8 @@ class Monitor:
     def acts(self, host: str, what: str) -> None:
         """An agent changes something under the order that its task carries out (I6)."""
         order = ORDER.get()
+        if order is not None and order.place != self.holder.get(host, order.place):
+            raise Violation(f"I6: {host} does {what} for a coordinator from which the pair was taken")
         if order is not None and order.epoch < self.acked.get(host, 0):
             raise Violation(
                 f"I6: {host} does {what} under epoch {order.epoch} after it acknowledged {self.acked[host]}"
@@ -181,6 +185,8 @@ class Monitor:
         order = getattr(request, "order", None)
         if order is not None:
             self.acked[host] = max(self.acked.get(host, 0), order.epoch)
+        if isinstance(request, TakePair):
+            self.holder[host] = request.order.place
         if isinstance(request, FenceVm):
             vm = self.original if request.vm_uuid == self.original.uuid else self.replica
             if not self.durable_fence(vm.machine, vm.uuid):

@@ -82,6 +82,8 @@ class Administrator:
         self.runs_left = self.random.choice((1, 1, 2))
         await self._do("register", lambda c: c.register_pair(REQUEST))
         for _ in range(ATTEMPTS):
+            if world.must_take:
+                await self._take()
             pair = await self._pair()
             if pair is None:
                 await self._do("register", lambda c: c.register_pair(REQUEST))
@@ -98,6 +100,15 @@ class Administrator:
                 return pair
             await self._go_on(pair)
         raise Violation(f"I4: after {ATTEMPTS} attempts the pair does not rest: {self.outcomes[-3:]}")
+
+    async def _take(self) -> None:
+        """``--take-over``, until both hosts know of it."""
+        world = self.world
+        await self._do("take over", lambda c: c.take_pair(PAIR))
+        if "is taken over" in self.outcomes[-1] and "not on" not in self.outcomes[-1]:
+            world.must_take = False
+            assert world.taken is not None
+            world.taken.set()
 
     def _begins_again(self) -> bool:
         self.runs_left -= 1
@@ -200,7 +211,7 @@ class Administrator:
         except CoordinatorError as error:
             said = f"{error.code}: {world.anonymous(error.sentence)}"
         else:
-            said = "killed" if result is None else getattr(result, "sentence", str(result)[:60])
+            said = "killed" if result is None else getattr(result, "sentence", world.anonymous(str(result))[:60])
             said = world.anonymous(said)
         world.chaos.say(f"=== {what}: {said}")
         self.outcomes.append(f"{what}: {said}")

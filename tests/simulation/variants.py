@@ -285,6 +285,13 @@ VARIANTS = (
         patches=((DutifulAgents, "_do_duties", _does_nothing),),
     ),
     Variant(
+        name="a coordinator that wakes up is obeyed though the pair was taken from it",
+        caught_as="I6",
+        patches=((Authority, "_check", _never_stale),),
+        faults=1,
+        only=("the coordinator is taken for dead",),
+    ),
+    Variant(
         name="a lost dirty bitmap is accepted",
         caught_as="I2",
         patches=((Seams, "bitmaps_of", _all_saved), (Seams, "_dirty", _lost_is_empty)),
