@@ -32,6 +32,7 @@ class Monitor:
         acked: the highest epoch each host has acknowledged.
         holds: a switchover of the run that fails is held (``--on-failure hold``).
         forward_only: and what works on it now was not asked to take it back.
+        kept: what the original's disks hold under its working snapshot.
         holder: the coordinator that has taken the pair over, by host.
         guarding: hosts whose agent serves, and so has taken the locks of its fences.
         views: the content of every view by name, disk by disk of the replica.
@@ -49,6 +50,7 @@ class Monitor:
     fenced: dict[str, bool] = field(default_factory=dict)
     views: dict[str, dict[str, bytes]] = field(default_factory=dict)
     frozen: dict[Path, int] = field(default_factory=dict)
+    kept: dict[str, bytes] = field(default_factory=dict)
     holder: dict[str, str] = field(default_factory=dict)
     guarding: set[str] = field(default_factory=set)
     _parsed: dict[tuple[str, bytes], Any] = field(default_factory=dict)
@@ -142,6 +144,19 @@ class Monitor:
             if found != wanted:
                 page = next(p for p in range(0, len(found), 4096) if found[p : p + 4096] != wanted[p : p + 4096])
                 raise Violation(f"{sentence} ({target}, first at {page})")
+
+    def overlaid(self, domain: Any, name: str) -> None:
+        """Overlays of the original came, or are gone: its disks are under its working snapshot, or given back."""
+        if domain is not self.original or name not in ("protect", "unprotect", "merge_protection"):
+            return
+        contents = {
+            target: domain.machine.storage.content(image.path)
+            for target, top in domain.disks.items()
+            for image in list(top.chain())[-1:]
+        }
+        if name == "unprotect" and self.kept and contents != self.kept:
+            raise Violation("undo: the original that was given back is not what it was before the run")
+        self.kept = contents if name == "protect" else {}
 
     # --- agents -------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ import trio._core._run as trio_run
 from trio.testing import MockClock
 
 import agent.disk.bitmaps
+import agent.disk.commit
 import agent.disk.dirty
 import agent.disk.lock
 import agent.disk.open
@@ -174,6 +175,15 @@ class Seams:
         dirty = self._dirty(name, self._image(image), bitmap)
         return sum(length for _, length in dirty.ranges(0, dirty.size_bytes))
 
+    def commit_overlays(self, _: str, overlays: Sequence[Path], base: Path, *__: Any, **___: Any) -> None:
+        """See `agent.disk.commit.commit_overlays`."""
+        host = self._host(base)
+        host.process.point(f"merges into {base.name}")
+        self.world.monitor.kept = {}
+        storage = host.storage
+        storage.write(base, 0, storage.content(overlays[0]))
+        storage.state(base).flush()
+
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def replace_whole(self, path: Path, text: str) -> None:
@@ -250,6 +260,7 @@ def installed(world: World) -> Iterator[Seams]:
         (agent.disk.bitmaps.bitmaps_of, seams.bitmaps_of),
         (agent.disk.bitmaps.remove_bitmap, seams.remove_bitmap),
         (agent.disk.bitmaps.dirty_bytes, seams.dirty_bytes),
+        (agent.disk.commit.commit_overlays, seams.commit_overlays),
         (agent.disk.stamp.stamp_of, seams.stamp_of),
         (agent.durable.replace_whole, seams.replace_whole),
         (protocol.bulk.connect_bulk, seams.connect_bulk),

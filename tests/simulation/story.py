@@ -194,6 +194,7 @@ class Administrator:
             kill_after_s=5.0,
             shutdown_policy=ShutdownPolicy.FORCE if random.random() < 0.7 else ShutdownPolicy.ABORT,
             background_s=5.0,
+            protect_original=random.random() < 0.25,
             on_failure=OnFailure.HOLD if random.random() < 0.3 else OnFailure.ROLLBACK,
             track=Tracking.BITMAP if random.random() < 0.8 else Tracking.NONE,
             verify_full=random.random() < 0.15,

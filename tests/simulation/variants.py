@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ from coordinator.records import CheckpointsRecord, Nothing, PassRecord
 from coordinator.steps_round import DropCheckpointsOfRound
 from coordinator.steps_switch import LastPass, LiftOriginalFence
 from protocol.messages import DropCheckpoints
+from tests.fakes.hypervisor import FakeHypervisor
 from tests.fakes.memory_dirty import MemoryDirtyRanges
 from tests.simulation.faults import cut, kill_agent, kill_qemu, start_original
 from tests.simulation.machines import SimHypervisor, write
@@ -39,6 +41,7 @@ from tests.simulation.storage import SimDisk
 from tests.simulation.world import Broken, World
 
 INTACT = Broken()
+_UNPROTECT = FakeHypervisor.unprotect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,13 @@ def _no_autostart(self: SimHypervisor, uuid: str, enabled: bool) -> bool:
 
 async def _left_as_it_is(_: LiftOriginalFence, __: RunContext) -> Nothing:
     return Nothing()
+
+
+def _merged_away(self: FakeHypervisor, uuid: str, snapshot: str, overlays: Any) -> None:
+    for overlay in overlays:
+        if overlay.overlay.exists():
+            shutil.copyfile(overlay.overlay, overlay.base)
+    _UNPROTECT(self, uuid, snapshot, overlays)
 
 
 async def _does_nothing(*_: Any) -> None:
@@ -290,6 +300,11 @@ VARIANTS = (
         patches=((Authority, "_check", _never_stale),),
         faults=1,
         only=("the coordinator is taken for dead",),
+    ),
+    Variant(
+        name="undo gives back an original that was written to",
+        caught_as="undo",
+        patches=((FakeHypervisor, "unprotect", _merged_away),),
     ),
     Variant(
         name="a lost dirty bitmap is accepted",
