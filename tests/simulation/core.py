@@ -20,6 +20,8 @@ T = TypeVar("T")
 MAX_EVENTS = 30_000
 REQUEST: ContextVar[str] = ContextVar("REQUEST", default="")
 """What kind of request that is."""
+HOST: ContextVar[str] = ContextVar("HOST", default="")
+"""The host whose agent the running task belongs to; empty: the coordinator's."""
 ORDER: ContextVar[Order | None] = ContextVar("ORDER", default=None)
 """The order that the running task of an agent carries out."""
 

@@ -245,7 +245,7 @@ def installed(world: World) -> Iterator[Seams]:
     numbers = Random(world.seed)
     counter = itertools.count()
     clock = SimpleNamespace(
-        time=lambda: 1.7e9 + trio.current_time(),
+        time=world.wall_s,
         monotonic=trio.current_time,
         perf_counter=lambda: next(counter) * 0.001,
         sleep=lambda _: None,

@@ -13,6 +13,7 @@ from unittest import mock
 
 import trio
 
+import agent.authority
 import agent.sources
 import agent.sync.writing
 from agent.authority import Authority
@@ -41,6 +42,7 @@ from tests.simulation.storage import SimDisk
 from tests.simulation.world import Broken, World
 
 INTACT = Broken()
+_CHECK = Authority._check
 _UNPROTECT = FakeHypervisor.unprotect
 
 
@@ -84,6 +86,11 @@ def _no_read_back(_disk: Any, written: Any, _rehash: Any = None) -> int:
 
 def _never_stale(_: Authority, *__: Any, **___: Any) -> None:
     return
+
+
+def _by_the_clock(self: Authority, order: Any, peer: Any, seen: Any, *, take_over: bool) -> None:
+    if agent.authority.time.time() >= seen.since_s:
+        _CHECK(self, order, peer, seen, take_over=take_over)
 
 
 async def _no_last_pass(_: LastPass, context: RunContext) -> PassRecord:
@@ -300,6 +307,13 @@ VARIANTS = (
         patches=((Authority, "_check", _never_stale),),
         faults=1,
         only=("the coordinator is taken for dead",),
+    ),
+    Variant(
+        name="an epoch counts only while the clock does not go back",
+        caught_as="I6",
+        patches=((Authority, "_check", _by_the_clock),),
+        faults=5,
+        only=("the clock of the", "a stale coordinator"),
     ),
     Variant(
         name="undo gives back an original that was written to",

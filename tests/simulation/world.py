@@ -43,7 +43,7 @@ from protocol.messages import (
     Unprotect,
 )
 from protocol.tls import PeerIdentity
-from tests.simulation.core import ORDER, REQUEST, Chaos, InlineThreads, Process, Violation, only_killed
+from tests.simulation.core import HOST, ORDER, REQUEST, Chaos, InlineThreads, Process, Violation, only_killed
 from tests.simulation.machines import Memory, SimDomain, SimHypervisor, SimMachine, guest
 from tests.simulation.monitor import PAIR, Monitor
 from tests.simulation.network import BulkEnd, ControlEnd, Link, pair
@@ -144,6 +144,7 @@ class AgentHost:
         self.world.chaos.say(f"*** agent {self.name} is gone")
 
     async def _serve(self) -> None:
+        HOST.set(self.name)
         tls = TlsConfig(ca=NOWHERE, certificate=NOWHERE, key=NOWHERE)
         folder = self.machine.folder
         config = AgentConfig(tls=tls, name=self.name, state_dir=folder / "state", runtime_dir=folder / "run")
@@ -168,6 +169,7 @@ class AgentHost:
     async def take_control(self, end: ControlEnd) -> None:
         """A control connection."""
         assert self.service is not None
+        HOST.set(self.name)
         ORDER.set(None)
         server = _Server(
             context=None,  # type: ignore[arg-type]
@@ -182,6 +184,7 @@ class AgentHost:
 
     async def take_bulk(self, wire: BulkEnd) -> None:
         """A bulk connection."""
+        HOST.set(self.name)
         ORDER.set(None)
         service = self.service
         if service is None:
@@ -215,6 +218,7 @@ class AgentHost:
             return
         request = stale[number % len(stale)]
         self.world.chaos.say(f"    a stale coordinator orders {type(request).__name__}")
+        HOST.set(self.name)
         ORDER.set(request.order)
         REQUEST.set(type(request).__name__)
         try:
@@ -276,11 +280,14 @@ class SimAgents:
 
 
 class VirtualClock:
-    """Trio's time."""
+    """Trio's time, and a wall clock that jumps."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
 
     def wall_s(self) -> float:
         """See `coordinator.clock.Clock`."""
-        return 1.7e9 + trio.current_time()
+        return self._world.wall_s()
 
     def monotonic_s(self) -> float:
         """See `coordinator.clock.Clock`."""
@@ -299,6 +306,7 @@ class World:
     links: dict[str, Link] = field(default_factory=dict)
     coordinator: Process | None = None
     lies: bool = False
+    jumped_s: dict[str, float] = field(default_factory=dict)
     must_take: bool = False
     abandoned: trio.Event | None = None
     taken: trio.Event | None = None
@@ -364,6 +372,10 @@ class World:
     def replica(self) -> SimDomain:
         """On dr."""
         return self.monitor.replica
+
+    def wall_s(self) -> float:
+        """What the clock of the host says on which the running task runs."""
+        return 1.7e9 + trio.current_time() + self.jumped_s.get(HOST.get(), 0.0)
 
     def host_of(self, path: Path) -> AgentHost | None:
         """The host whose storage has that path."""
@@ -475,7 +487,7 @@ class World:
                             config,
                             actor="root@sim",
                             agents=SimAgents(nursery),
-                            clock=VirtualClock(),
+                            clock=VirtualClock(self),
                             tokens=self.tokens,
                             make_store=lambda database: SimStore(database, process),
                         ) as coordinator:
