@@ -30,6 +30,7 @@ class Monitor:
         tampered: a bitmap has lied, so that only the audit can know.
         differs: the original was started from something else than the replica's last state, after such a lie.
         acked: the highest epoch each host has acknowledged.
+        called_off: a person has said that the original stays off; who starts it all the same does so by hand.
         holds: a switchover of the run that fails is held (``--on-failure hold``).
         forward_only: and what works on it now was not asked to take it back.
         kept: what the original's disks hold under its working snapshot.
@@ -45,6 +46,7 @@ class Monitor:
     tampered: bool = False
     differs: bool = False
     holds: bool = False
+    called_off: bool = False
     forward_only: bool = False
     acked: dict[str, int] = field(default_factory=dict)
     fenced: dict[str, bool] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class Monitor:
                     raise Violation("hold: the replica is put back into service, and nobody has said so")
                 self.original_is_current = False
             return
-        if domain.started_by != "tool" and self._is_released(domain):
+        if domain.started_by != "tool" and not self.called_off and self._is_released(domain):
             domain.started_by = "tool"  # the switchover had freed it: somebody was quicker
         if domain.started_by != "tool":
             domain.memory = None if not self.original_is_current else domain.memory

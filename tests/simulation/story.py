@@ -122,7 +122,9 @@ class Administrator:
     async def _go_on(self, pair: Pair) -> None:
         world = self.world
         verb = self._choose(pair)
-        asked_back = verb in ("undo", "cancel") or pair.state in TAKEN_BACK
+        asked_back = (
+            verb in ("undo", "cancel") or (pair.state if pair.operator is None else pair.operator.before) in TAKEN_BACK
+        )
         world.monitor.forward_only = world.monitor.holds and not asked_back
         match verb:
             case "register":
@@ -154,12 +156,13 @@ class Administrator:
             world.chaos.say("=== the original is made sure to be off by hand")
             world.original.end()
         cut("prod", world, 1800.0)
-        self.word_given = True
+        self.word_given = world.monitor.called_off = True
         return await self._do("undo by word", lambda c: c.undo(PAIR, original_is_off="prod"))
 
     async def _meet_again(self) -> None:
         """The host of an original that was called off can be reached again: at the first contact it is fenced."""
         world, self.word_given = self.world, False
+        world.monitor.called_off = False
         world.links["prod"].mend()
         if self.random.random() < 0.3:
             start_original(world)
