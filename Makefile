@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check format test $(HALVES) soak faults demo bench clean
+.PHONY: help setup packages check format test $(HALVES) long soak faults demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ endif
 # Two runs side by side: one waits for hypervisors most of the time, the other computes.
 $(HALVES):
 	$(BIN)/pytest -q -o cache_dir=.pytest_cache/$@ $($@)
+
+long: setup ## the rest of the tests on real hypervisors: every kind of disk onto every other, and the like
+	$(BIN)/pytest -q -m long tests/e2e
 
 soak: setup ## whole failbacks under faults, simulated, in two processes (SEEDS=10000 for as many, FIRST=n from there)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)

@@ -26,6 +26,7 @@ import trio
 from agent import commands
 from agent.config import DEFAULT_PATH, Config, load
 from agent.errors import AgentError, ConfigError, HypervisorError
+from agent.idle_views import IdleViews
 from agent.ledger import Ledger
 from agent.local import listen_locally, serve_locally
 from agent.service import SOFTWARE, AgentService, failure_of
@@ -178,8 +179,11 @@ async def _keep_promises(service: AgentService, told: frozenset[str]) -> None:
     """Storage or libvirt may come up after the agent, an image may be replaced under its lock: what a fence is missing
     is taken, and what a killed agent left open is closed, as soon as it can be."""
 
+    idle = IdleViews(service.views, service.passes.is_granted)
+
     def keep() -> tuple[AgentError, ...]:
-        return (*service.fences.mend(), *service.views.close_orphans(), *service.views.thaw_owed())
+        views = service.views
+        return (*service.fences.mend(), *views.close_orphans(), *idle.close(), *views.thaw_owed())
 
     while True:
         told = await _mend(service, keep, told)

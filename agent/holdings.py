@@ -200,6 +200,7 @@ class HoldingsDesk:
                 f"a pass of the pair {request.order.pair} is under way on {self.config.name}: let its run end first"
             )
         before = self.remnants.of(uuid)
+        unread = [view for vm, _, view in self.tracking.views.closed_views() if vm == uuid]
         self.tracking.views.close_all_of(uuid)
         with contextlib.suppress(NoSuchDomain):
             self.tracking.views.overlays.settle(uuid)
@@ -208,6 +209,7 @@ class HoldingsDesk:
         after = self.remnants.of(uuid)
         still = {(r.kind, r.name) for r in after}
         removed = [_words(r) for r in before if (r.kind, r.name) not in still and r.name not in files]
+        removed += [f"view {name}" for name in unread]
         removed += [f"scratch file {name}" for name in sorted(files)]
         removed += [f"socket {name}" for name in self.remnants.remove_sockets()]
         removed += self._collect()

@@ -141,6 +141,10 @@ class PassDesk:
         """Every grant that is stored or carried out."""
         return tuple(self._sessions.values())
 
+    def is_granted(self, pair: str) -> bool:
+        """Whether a pass of the pair runs here, or may begin."""
+        return pair in self._sessions
+
     def is_running(self, pair: str) -> bool:
         """Whether a pass of the pair runs here."""
         session = self._sessions.get(pair)

@@ -110,10 +110,13 @@ class PassRunner:
         view: str | None = None
         try:
             try:
-                await self.threads.on_disk(lambda: self._open_targets(session, opened))
-                self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
+                # What is known of the disks is asked before they are opened: a server that may write marks the bitmaps
+                # that others keep in an image at once, and the file is another one from then on.
+                await self.threads.on_disk(lambda: self._require(session))
                 why_not = await self.threads.on_disk(lambda: self._why_compared(session))
                 why = await self.threads.on_disk(lambda: self._open_maps(session, maps))
+                await self.threads.on_disk(lambda: self._open_targets(session, opened))
+                self._check_sizes(session, opened, {d.target: d.target_size_bytes for d in session.grant.disks})
                 await self.threads.on_disk(lambda: self._begin(session, opened, maps, begun))
                 proven = {target: what.proven for target, what in begun.items()}
                 receive = partial(
@@ -203,7 +206,8 @@ class PassRunner:
 
         def open_all() -> None:
             if grant.kind is PassKind.VERIFY:
-                self._open_targets(session, opened)
+                self._require(session)
+                self._open_targets(session, opened, writable=False)
                 return
             for granted in grant.disks:
                 maps[granted.target] = self.maps.for_audit(grant.vm_uuid, granted, grant.view)
@@ -246,11 +250,15 @@ class PassRunner:
         if said and complain:
             raise said[0]
 
-    def _open_targets(self, session: Session, opened: dict[str, Disk]) -> None:
-        """Open the fenced original's disks for writing, each through the lock that fences it."""
-        fence = self.fences.required(session.grant.vm_uuid, "original", session.order.pair)
+    def _require(self, session: Session) -> None:
+        """Insist on the fence, and on what the grant claims of the disks."""
+        self.fences.required(session.grant.vm_uuid, "original", session.order.pair)
         for granted in session.grant.disks:
             self.evidence.require(session.grant.vm_uuid, granted)
+
+    def _open_targets(self, session: Session, opened: dict[str, Disk], *, writable: bool = True) -> None:
+        """Open the fenced original's disks, for writing or to be compared, each through the lock that fences it."""
+        fence = self.fences.required(session.grant.vm_uuid, "original", session.order.pair)
         torn = self.fences.condition(session.grant.vm_uuid) is DiskCondition.TORN
         for granted in session.grant.disks:
             trio.from_thread.check_cancelled()  # each may take a while
@@ -266,6 +274,7 @@ class PassRunner:
                 self.runtime_dir,
                 scattered=granted.since is not None,
                 doubtful=torn,
+                writable=writable,
             )
 
     def _check_sizes(self, session: Session, disks: dict[str, Disk], granted: dict[str, int]) -> None:

@@ -163,6 +163,10 @@ class ViewDesk:
         opened = self._open.get(vm_uuid)
         return opened is not None and opened.live
 
+    def closed_views(self) -> tuple[tuple[str, str, str], ...]:
+        """VM, pair and name of each open view of a VM that was off when it was opened."""
+        return tuple((vm_uuid, view.pair, view.view) for vm_uuid, view in tuple(self._open.items()) if not view.live)
+
     def disks(self, vm_uuid: str, view: str) -> dict[str, Disk]:
         """The disks of that open view; raises as `opened`."""
         return self.opened(vm_uuid, view).disks

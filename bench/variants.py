@@ -50,15 +50,15 @@ def make_disks_up() -> None:
 
     open_source, open_target = opening.open_source, opening.open_target
 
-    def source(name: str, image: Path, image_format: str, socket_dir: Path) -> Any:
+    def source(name: str, image: Path, image_format: str, socket_dir: Path, **options: bool) -> Any:
         if image.name.startswith(PREFIX):
             return GeneratedDisk(name, image.stat().st_size, differs=False)
-        return open_source(name, image, image_format, socket_dir)
+        return open_source(name, image, image_format, socket_dir, **options)
 
-    def target(name: str, held: Any, image_format: str, socket_dir: Path) -> Any:
+    def target(name: str, held: Any, image_format: str, socket_dir: Path, **options: bool) -> Any:
         if held.path.name.startswith(PREFIX):
             return GeneratedDisk(name, held.path.stat().st_size, differs=True)
-        return open_target(name, held, image_format, socket_dir)
+        return open_target(name, held, image_format, socket_dir, **options)
 
     _replace_everywhere(opening, "open_source", source)
     _replace_everywhere(opening, "open_target", target)

@@ -247,7 +247,6 @@ class RunOptions:
             back; None: not decided, which a plan does (`coordinator.protecting.settled`).
         discard_divergence: go on though the original's disks seem to have been written to after the failover.
         to: where the data is brought.
-        former_original_gone: a person's word that the original a run moves away from never comes back.
     """
 
     power_on: bool = True
@@ -272,7 +271,6 @@ class RunOptions:
     create_missing: bool = False
     protect_original: bool | None = None
     to: Destination = field(default_factory=Destination)
-    former_original_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

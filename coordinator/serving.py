@@ -21,7 +21,7 @@ from coordinator.stepping import INTERRUPT_POLL_S, Stepper, is_ours_no_more
 from coordinator.steps import IS_OFF, StepFailed, ask_power
 from coordinator.steps_round import CloseRoundView, round_steps
 from coordinator.steps_sync import SYNC_STEPS, stopped_by_itself
-from coordinator.timing import SWITCH, Trigger, judge, order_in_force
+from coordinator.timing import SWITCH, Due, Trigger, due_before, judge, order_in_force
 from protocol.messages import AskWritten, Side, TrackingRead, ViewSince
 
 STALE_S = 10.0
@@ -40,6 +40,7 @@ class Serving:
         self._earlier_s: list[float] = []
         self._decision: Decision | None = None
         self._rested_s: float | None = None  # monotonic time of the last decision to wait
+        self._round_s = 0.0  # how long the latest complete round took, everything in it
 
     async def work(self) -> None:
         """Go on until the run switches (the pair is in *Switching* then).
@@ -66,24 +67,34 @@ class Serving:
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def _must_copy(self) -> bool:
-        """Whether a round comes before anything else: none yet in this process, one that is worth it, or its time."""
+        """Whether a round comes before anything else: none yet in this process, one that is worth it, its time, or the
+        last one before the time that was set to switch."""
         context = self._context
         if context.survey.replica_power in IS_OFF:
             return False
         if self._decision is None or not rounds.is_fresh(context.log, context.epoch, context.replica_targets):
             return True
-        if order_in_force(context.options, context.log).trigger is Trigger.NOW:
+        order = order_in_force(context.options, context.log)
+        if order.trigger is Trigger.NOW:
             return False
         if self._decision.next is Next.AGAIN:
             return True
         rested_s = context.clock.monotonic_s() - (self._rested_s or 0.0)
+        due = due_before(order, wall_s=context.clock.wall_s(), rested_s=rested_s, takes_s=self._round_s)
+        if due is Due.ROUND:
+            return True
+        if due is Due.REST and self._decision.next is Next.READY:
+            return False
         return rested_s >= context.options.background_s
 
     async def _round(self) -> None:
         """One round; where it is given up for its view's sake, the next one is another round."""
         context = self._context
+        if self._rested_s is not None and (await ask_power(context, Side.REPLICA)).power in IS_OFF:
+            raise stopped_by_itself(context)  # while the run waited; no view of it could be opened
         number = rounds.next_round(context.log)
         steps = round_steps(number)
+        began_s = context.clock.monotonic_s()
         try:
             await self._stepper.run(steps, boundary=self._stepper.boundary)
         except CoordinatorError as error:
@@ -91,6 +102,7 @@ class Serving:
                 raise
             await self._give_up(number, error)
             return
+        self._round_s = context.clock.monotonic_s() - began_s
         if rounds.is_fresh(context.log, context.epoch, context.replica_targets):
             await self._decide()
 

@@ -21,6 +21,8 @@ LATE_RETURN = "late_return"
 """Name of the note that the replica goes back into service because the downtime would be too long."""
 LATEST_S = 15 * 60.0
 """How late a set time may be and still count."""
+LAST_ROUND_TIMES, LAST_ROUND_MORE_S = 1.25, 5.0
+"""The last round before a set time gets this many times what the latest one took, and this much more."""
 MOST_RETURNS = 2
 """After so many returns from the switchover only a person switches."""
 
@@ -112,6 +114,31 @@ def judge(order: Order, decision: Decision, *, wall_s: float, pair: str) -> Verd
         f"the set time {when} passed more than {LATEST_S / 60:.0f} minutes ago while the run was not ready: {by_hand}, "
         f"`failback switch {pair} --at TIME` sets another time",
     )
+
+
+class Due(enum.Enum):
+    """What a set time asks of the rounds before it."""
+
+    NOTHING = "nothing"  # it is far, or past, or nobody set one
+    ROUND = "round"  # one more begins now, and ends just before that time
+    REST = "rest"  # that one is over: another one would end after that time
+
+
+def due_before(order: Order, *, wall_s: float, rested_s: float, takes_s: float) -> Due:
+    """What a set time asks of the rounds now, so that little is left to copy when it comes.
+
+    Args:
+        order: the word that holds.
+        wall_s: seconds since 1970.
+        rested_s: how long ago the latest round ended.
+        takes_s: how long it took.
+    """
+    if order.trigger is not Trigger.AT or order.at_s is None or order.used or wall_s >= order.at_s:
+        return Due.NOTHING
+    begins_s = order.at_s - (LAST_ROUND_TIMES * takes_s + LAST_ROUND_MORE_S)
+    if wall_s < begins_s:
+        return Due.NOTHING
+    return Due.ROUND if rested_s > wall_s - begins_s else Due.REST
 
 
 def turn_words(pair: str) -> str:

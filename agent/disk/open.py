@@ -88,8 +88,9 @@ def open_target(
     *,
     scattered: bool = False,
     doubtful: bool = False,
+    writable: bool = True,
 ) -> Disk:
-    """Open the image that is held exclusively for writing; the lock lives until the last writer is gone.
+    """Open the image that is held exclusively; the lock lives until the last writer is gone.
 
     Args:
         name: what messages call the disk.
@@ -100,6 +101,8 @@ def open_target(
         doubtful: a pass that wrote to it was not completed. Its last flush may have failed, or what it read back may
             have been wrong; the page cache then still holds what was to be written, which the storage may not. So the
             cache is dropped, and what is compared is what the storage holds.
+        writable: it will be written. Where not, nothing of its file changes: a server that may write would mark the
+            bitmaps of others as in use and write them anew.
 
     Raises:
         DiskError: it cannot be opened, is not held exclusively, or its path has been given to another file.
@@ -112,7 +115,7 @@ def open_target(
     if doubtful:
         _drop_cache(name, held)
     if image_format == "raw":
-        return RawDisk.open(name, held.path, writable=True, fd=held.fd)
+        return RawDisk.open(name, held.path, writable=writable, fd=held.fd)
     QemuNbd.socket_path(name, socket_dir)  # what would keep the first write from starting it is said now
     with ExitStack() as undone:
         # The disk may start its server, which inherits the lock, when the caller has long let go of it.
@@ -121,13 +124,13 @@ def open_target(
 
         def serve(why: str = "") -> Disk:
             _require_named(name, own)
-            server = QemuNbd.start(name, own.path, image_format, socket_dir, held=own)
-            return _served(name, server, writable=True, why=why)
+            server = QemuNbd.start(name, own.path, image_format, socket_dir, held=own, writable=writable)
+            return _served(name, server, writable=writable, why=why)
 
         if scattered:
-            return serve("little of it is written, here and there")
+            return serve(f"little of it is {'written' if writable else 'read'}, here and there")
         try:
-            target: Disk = TargetImage.open(name, own.path, image_format, own, serve)
+            target: Disk = TargetImage.open(name, own.path, image_format, own, serve, writable=writable)
         except NotMapped as why:
             return serve(str(why))
         undone.pop_all()

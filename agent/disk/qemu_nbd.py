@@ -85,6 +85,7 @@ class QemuNbd:
         idle: bool = False,
         bitmap: str | None = None,
         shared: bool = False,
+        writable: bool = True,
     ) -> QemuNbd:
         """Serve an image that no VM is using.
 
@@ -93,11 +94,12 @@ class QemuNbd:
             image: file or block device; any name the file system allows.
             image_format: QEMU's name of the format; never guessed from the content.
             socket_dir: where the socket is made.
-            held: the exclusive lock under which the image is served for writing; the process inherits it, so it lives
-                until the last writer is gone. None serves for reading only, under QEMU's own locks.
+            held: the exclusive lock under which the image is served; the process inherits it, so it lives until the
+                last writer is gone. None serves for reading only, under QEMU's own locks.
             idle: it works under idle I/O priority (see `agent.disk.priority`).
             bitmap: a persistent bitmap of the image to export as well (context ``qemu:dirty-bitmap:NAME``).
             shared: read an image that others may be writing to, without a lock (see `image_options`).
+            writable: under `held`, serve it for writing; else nothing of the file changes.
 
         Raises:
             DiskError: qemu-nbd is missing, refuses the image, or is not ready in time.
@@ -108,7 +110,7 @@ class QemuNbd:
             past_cache = direct_works(image)
         except OSError as error:
             raise storage_error(name, str(image), "opening", error.errno or 0) from error
-        server = cls(name, image, path, past_cache=past_cache, writable=held is not None)
+        server = cls(name, image, path, past_cache=past_cache, writable=writable and held is not None)
         try:
             options = image_options(
                 image, image_format, is_device=is_device, locked_by_us=held is not None, shared=shared

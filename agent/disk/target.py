@@ -49,6 +49,8 @@ class TargetImage:
         image_format: str,
         held: HeldImage,
         serve: Callable[[], Disk],
+        *,
+        writable: bool = True,
     ) -> TargetImage:
         """Open a closed image.
 
@@ -58,11 +60,12 @@ class TargetImage:
             image_format: QEMU's name of the format.
             held: its exclusive lock; owned by the disk if it comes about, and held until its last writer is gone.
             serve: starts the qemu-nbd that writes the image under that lock, and connects to it.
+            writable: False: it is only to be compared, and `serve` gives it for reading.
 
         Raises:
             NotMapped: it may not be read by its map.
         """
-        gate = Gate(name, str(path), 0, writable=True)
+        gate = Gate(name, str(path), 0, writable=writable)
         target = cls(gate, held, serve)
         mapped = MappedDisk.open(name, path, image_format, target._server, held=held, idle=False)
         gate.size_bytes = mapped.size_bytes
@@ -179,6 +182,9 @@ class TargetImage:
             self._writing_to([(offset_bytes, length_bytes)]).write_zeroes(offset_bytes, length_bytes)
 
     def flush(self) -> None:
+        if not self._gate.writable:
+            self._gate.check("flushing", 0, 0)
+            return
         with self._gate.request("flushing", 0, 0, writes=True):
             served = self._served
             if served is not None:

@@ -1,7 +1,8 @@
 """Passes that only compare: an audit against the target's digest map, a verification of both sides' storage.
 
-Both read the view whole, holes included, and tell which blocks differ. Nothing is sent and nothing is written: whoever
-sends data in such a pass is refused.
+Both read the view whole, holes included, and tell which blocks differ. What a target has more than the source is read
+by a verification as well, and must be zero. Nothing is sent and nothing is written: whoever sends data in such a pass
+is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from agent.delta.blocks import BLOCK_BYTES, Ranges, as_runs, coalesce, to_ranges
 from agent.delta.compare import Answer, differing
 from agent.delta.digests import block_digests, digests_from_wire, superblock_digests
 from agent.delta.granularity import Granularity
+from agent.delta.zeroes import is_zero
 from agent.disk.seam import Disk, Extent
 from agent.errors import SyncError
 from agent.sync.buffers import BufferPool
@@ -35,6 +37,8 @@ from protocol.messages import ByteRange, CompareSpan, Credit, EndOfPass, PassVer
 
 TOLD_STRETCHES = 64
 """Stretches that differ and are named: enough to see where it is, and no flood where everything is."""
+TAIL_STEP_BYTES = 64 << 20
+"""How much behind the source's end is looked at at once: it takes turns with the questions, and obeys the limit."""
 
 Answering = Callable[[Question, memoryview], tuple[Answer, int]]
 """Answers a question with the help of a buffer; returns what was read for it as well. Blocks."""
@@ -129,6 +133,31 @@ def answer_from_storage(disk: Disk, seed: int, question: Question, buffer: memor
     return _answered(question, blocks, seed), question.data_bytes
 
 
+def tail_differences(disk: Disk, offset_bytes: int, length_bytes: int, buffer: memoryview) -> tuple[Ranges, int]:
+    """Blocks of a stretch behind the source's end that hold anything but zeroes, and what was read for it. A hole is
+    believed: there is nothing to compare it with, and a target may be larger by any amount. Blocks.
+
+    Raises:
+        DiskError: as the disk says.
+    """
+    found: list[tuple[int, int]] = []
+    read_bytes = 0
+    step_bytes = min(STEP_BYTES, buffer.nbytes)
+    for extent in disk.extents(offset_bytes, length_bytes):
+        if extent.zero:
+            continue
+        end = extent.offset_bytes + extent.length_bytes
+        for at in range(extent.offset_bytes, end, step_bytes):
+            part = buffer[: min(step_bytes, end - at)]
+            disk.read_back(at, part)
+            read_bytes += part.nbytes
+            for start in range(0, part.nbytes, BLOCK_BYTES):
+                block = part[start : start + BLOCK_BYTES]
+                if not is_zero(block):
+                    found.append((at + start, block.nbytes))
+    return to_ranges(found), read_bytes
+
+
 def _answered(question: Question, blocks: list[bytes], seed: int) -> Answer:
     superblock_bytes = question.message.superblock_bytes
     digests = superblock_digests(as_runs(question.data), blocks, superblock_bytes, seed=seed)
@@ -152,6 +181,7 @@ class ComparingTarget:
         answering: what knows this side's content.
         readers: how many questions are answered at once.
         reads: whether answering reads the disk, and takes from the limit of reads.
+        tail: the disk, where it is larger than the source's: what lies behind that one's end is to be zero.
         past_cache: whether what is read is what the storage holds.
     """
 
@@ -164,11 +194,13 @@ class ComparingTarget:
     buffers: BufferPool
     limits: Limits
     meter: Meter
+    tail: Disk | None = None
 
     def __post_init__(self) -> None:
         self._turns = trio.Semaphore(self.readers)
         self._coverage = Coverage(self.size_bytes)
         self._everything_came = trio.Event()
+        self._tail_is_read = trio.Event()
         self._lanes_expected: int | None = None
         self._lanes_ended = 0
         self._differences = Differences(self.meter)
@@ -180,7 +212,8 @@ class ComparingTarget:
             AgentError, ProtocolError: the pass is not complete.
         """
         listeners = [partial(self._listen, lane) for lane in self.talk.lanes]
-        await self.talk.run(*listeners, self._finish, meanwhile=self._give_signs_of_life)
+        # The tail is read beside the rest, so that nobody waits for it at the end.
+        await self.talk.run(*listeners, self._read_tail, self._finish, meanwhile=self._give_signs_of_life)
         self.meter.wire_bytes = self.talk.wire_bytes
 
     def join(self, wire: Wire) -> None:
@@ -262,8 +295,25 @@ class ComparingTarget:
                 )
             self._everything_came.set()
 
+    async def _read_tail(self) -> None:
+        disk = self.tail
+        for at in range(self.size_bytes, disk.size_bytes if disk is not None else 0, TAIL_STEP_BYTES):
+            assert disk is not None
+            length = min(TAIL_STEP_BYTES, disk.size_bytes - at)
+            buffer = await self.buffers.take()
+            try:
+                look = partial(tail_differences, disk, at, length, buffer)
+                found, read_bytes = await self.talk.threads.on_disk(look)
+            finally:
+                self.buffers.give(buffer)
+            await self.limits.read.take(read_bytes)  # only now is it known
+            self.meter.compared_bytes += read_bytes
+            self._differences.add(found)
+        self._tail_is_read.set()
+
     async def _finish(self) -> None:
         await self._everything_came.wait()
+        await self._tail_is_read.wait()
         self.meter.past_cache = self.past_cache
         self.meter.lanes = len(self.talk.lanes)
         verified = PassVerified(
@@ -307,4 +357,5 @@ def comparing_target(
         buffers=buffers,
         limits=limits,
         meter=meter,
+        tail=None if isinstance(against, PassMap) or against.size_bytes <= size_bytes else against,
     )

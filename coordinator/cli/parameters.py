@@ -169,9 +169,9 @@ class SwitchWhen(click.ParamType[tuple[SwitchPolicy, float | None]]):
 
 
 class WayHome(click.ParamType[Destination]):
-    """Where to bring the data: ``original``, ``vm HOST:NAME`` or ``host HOST``."""
+    """Where to bring the data: ``original``, ``vm HOST:NAME``; ``host HOST`` is understood, for the plan to refuse."""
 
-    name = "original|vm HOST:NAME|host HOST"
+    name = "original|vm HOST:NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Destination:
         """The destination."""
@@ -185,8 +185,8 @@ class WayHome(click.ParamType[Destination]):
             return Destination(home=Home.VM, host=host, vm=vm)
         if word == Home.HOST.value and host and not colon:
             return Destination(home=Home.HOST, host=host)
-        said = f"{value!r} is none of original, vm HOST:NAME (as in --to vm prod2:web1) and host HOST"
-        raise click.BadParameter(f"{said} (as in --to host prod2)", ctx=ctx, param=param)
+        said = f"{value!r} is neither original nor vm HOST:NAME (as in --to vm prod2:web1)"
+        raise click.BadParameter(said, ctx=ctx, param=param)
 
 
 PAIR = PairName()

@@ -35,13 +35,8 @@ _OPTIONS = (
         metavar=WAY_HOME.name,
         default="original",
         show_default=True,
-        help="Where to: the original, in place; a VM restored beforehand elsewhere, whose disks are overwritten; or a "
-        "host on which the VM is made anew. With the last two that VM becomes the pair's original.",
-    ),
-    click.option(
-        "--former-original-gone",
-        is_flag=True,
-        help="With --to vm and --to host: the present original never comes back, so that its identity may be used.",
+        help="Where to: the original, in place; or a VM restored beforehand elsewhere, whose disks are overwritten and "
+        "which becomes the pair's original.",
     ),
     click.option("--power-on/--no-power-on", default=True, help="Power the original on at the end (default: on)."),
     click.option(
@@ -181,7 +176,6 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def chosen_options(
     *,
     to: Destination,
-    former_original_gone: bool,
     power_on: bool,
     power_off_original: bool,
     shutdown_timeout_s: float,
@@ -209,7 +203,6 @@ def chosen_options(
     check_switch_time(switch_at_s, time.time())
     return RunOptions(
         to=to,
-        former_original_gone=former_original_gone,
         power_on=power_on,
         power_off_original=power_off_original,
         shutdown_timeout_s=shutdown_timeout_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -297,3 +298,43 @@ def test_a_source_whose_path_is_given_to_another_file_is_found_out(image: Path) 
         run("qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE_BYTES))
         with pytest.raises(DiskError, match="moved or replaced while it was read"):
             read(disk, 0, 512)
+
+
+# --- only compared ----------------------------------------------------------------------------------------------------
+
+
+def _bitmap_flags(image: Path) -> dict[str, list[str]]:
+    told = json.loads(run("qemu-img", "info", "-U", "-f", "qcow2", "--output=json", image))
+    return {bitmap["name"]: bitmap["flags"] for bitmap in told["format-specific"]["data"]["bitmaps"]}
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_an_image_that_is_only_compared_is_not_written_by_its_server_nor_are_the_bitmaps_of_others(
+    tmp_path: Path, *, scattered: bool
+) -> None:
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE_BYTES))
+    run("qemu-img", "bitmap", "-f", "qcow2", "--add", image, "of-a-backup")
+    # Compressed clusters come from a server whatever way the rest is read.
+    run("qemu-io", "-f", "qcow2", "-c", "write -c -P 7 1M 64k", "-c", "write -P 8 2M 1M", image)
+    before, content = image.stat(), image.read_bytes()
+    with (
+        closing(hold_exclusive(image)) as held,
+        closing(open_target("vda", held, "qcow2", tmp_path, scattered=scattered, writable=False)) as disk,
+    ):
+        found = bytearray(SIZE_BYTES)
+        disk.read_back(0, memoryview(found))
+        assert found[MIB : MIB + 65536] == b"\7" * 65536
+        assert found[2 * MIB : 3 * MIB] == b"\10" * MIB
+        assert len(sockets(tmp_path)) == 1
+        with image.open("rb") as looked_at:  # while it is served
+            assert looked_at.read() == content
+        assert _bitmap_flags(image) == {"of-a-backup": ["auto"]}
+        with pytest.raises(DiskError, match="open for reading only"):
+            disk.write(0, NOISE)
+        disk.flush()
+    after = image.stat()
+    assert image.read_bytes() == content
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    assert _bitmap_flags(image) == {"of-a-backup": ["auto"]}
+    assert not sockets(tmp_path)

@@ -68,7 +68,7 @@ def _standing(vms: Sequence[LabVm]) -> dict[Path, tuple[int, int, int]]:
     return {path: (stat.st_uid, stat.st_gid, stat.st_mode) for path, stat in zip(paths, found, strict=True)}
 
 
-@pytest.mark.parametrize("group", range(len(GROUPS)))
+@pytest.mark.parametrize("group", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, len(GROUPS)))])
 def test_every_source_kind_goes_home_to_every_target_kind(site: Site, group: int) -> None:
     with kinds_pair(site, f"kinds-{group}", GROUPS[group]) as pair:
         pair.original.disks[0].path.stat()

@@ -291,3 +291,15 @@ def test_verify_full_reads_both_sides_before_the_original_may_start(site: Site) 
     pair.assert_same_disks()
     site.failback("commit", pair.name, "--restore-point", "drop", "--yes")
     _assert_nothing_left(pair)
+
+
+def test_bitmaps_of_others_survive_a_verification_in_full(site: Site) -> None:
+    pair = _idle_pair(site, "kept", "qcow2")
+    original = pair.original.disks[0].path
+    subprocess.run(["qemu-img", "bitmap", "-f", "qcow2", "--add", str(original), "of-a-backup"], check=True)
+    site.failback("start", *OPTIONS, "--verify", "full", pair.name)
+    assert site.failback("status", pair.name)["state"] == "Failback"
+    pair.assert_same_disks()
+    site.failback("commit", pair.name, "--restore-point", "drop", "--yes")
+    told = _image_info(original)["format-specific"]["data"]["bitmaps"]
+    assert [(bitmap["name"], bitmap["flags"]) for bitmap in told] == [("of-a-backup", ["auto"])]

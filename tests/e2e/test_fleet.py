@@ -87,6 +87,7 @@ def test_one_vm_that_fails_keeps_no_other_from_coming_home_and_the_whole_is_take
         assert not pair.original.is_running()
 
 
+@pytest.mark.long
 def test_pairs_behind_a_failed_one_are_held_back_until_it_is_mended_and_then_committed(site: Site) -> None:
     first = site.make_pair("first", formats=("qcow2",), ignore_acpi=True)
     second = site.make_pair("second", formats=("qcow2",))
@@ -110,6 +111,7 @@ def test_pairs_behind_a_failed_one_are_held_back_until_it_is_mended_and_then_com
     assert all(pair.original.is_running() for pair in (first, second))
 
 
+@pytest.mark.long
 def test_a_killed_plan_goes_on_where_its_journals_say(site: Site) -> None:
     one, two = site.make_pair("one", formats=("qcow2",)), site.make_pair("two", formats=("qcow2",))
     text = '[[group]]\nname = "a"\npairs = ["{0}"]\n[[group]]\nname = "b"\npairs = ["{1}"]\n'

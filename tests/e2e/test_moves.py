@@ -81,6 +81,7 @@ def test_undo_after_the_restored_vm_ran_gives_both_the_replica_and_the_original_
     site.failback("undo", pair.name, "--yes")
 
 
+@pytest.mark.long
 def test_a_move_killed_in_its_first_pass_is_resumed_and_one_cancelled_leaves_the_original_as_it_was(
     site: Site,
 ) -> None:

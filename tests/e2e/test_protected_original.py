@@ -16,7 +16,9 @@ from tests.lab.site import LabPair, Site
 pytestmark = [pytest.mark.real, pytest.mark.root]
 
 START = ("start", "--yes", "--foreground", "--shutdown-timeout", "60s", "--protect-original")
-FORMATS = pytest.mark.parametrize("formats", [("qcow2", "raw"), ("raw", "qcow2")], ids=["qcow2", "raw"])
+FORMATS = pytest.mark.parametrize(
+    "formats", [("qcow2", "raw"), pytest.param(("raw", "qcow2"), marks=pytest.mark.long)], ids=["qcow2", "raw"]
+)
 
 
 class Before:

@@ -130,6 +130,7 @@ def test_a_tpms_state_comes_home_the_original_starts_with_it_and_commit_drops_th
     assert _leftovers(pair.original) == []
 
 
+@pytest.mark.long
 def test_undo_gives_a_tpms_old_state_back(site: Site) -> None:
     pair = _machine_pair(site, "tpmundo", TPM)
     old = _tpm_state(pair.original)
@@ -191,6 +192,7 @@ def test_a_disk_that_was_added_is_created_at_the_original_and_undo_removes_exact
     assert pair.original.sources()["vdc"] == made
 
 
+@pytest.mark.long
 def test_cancel_removes_a_created_disk(site: Site) -> None:
     pair = site.make_pair("addcancel")
     _add_disk(pair)

@@ -406,7 +406,7 @@ class TestCommandLine:
     def test_other_words_are_none(self, tmp_path: Path, words: str) -> None:
         told = self.command(tmp_path)("plan", "web", "--to", words)
         assert told.exit_code == 2
-        assert "is none of original, vm HOST:NAME" in told.output
+        assert "is neither original nor vm HOST:NAME" in told.output
 
     def test_a_plan_to_nowhere_is_refused_and_says_why(self, tmp_path: Path) -> None:
         told = self.command(tmp_path).json("plan", "web", "--to", "vm", "prod2:nobody", exit_code=3)

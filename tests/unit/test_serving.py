@@ -259,6 +259,23 @@ class TestTheMoment:
             await ended.wait()
         assert house.world.replica.is_off
 
+    async def test_one_more_round_begins_just_before_the_set_time_so_that_little_is_left_by_then(
+        self, house: House
+    ) -> None:
+        at = RunOptions(switch=SwitchPolicy.AT, switch_at_s=house.clock.wall_s() + 1e6, background_s=1e6)
+        async with waiting_run(house, at) as (coordinator, _, ended):
+            before = (await coordinator.pair_status(PAIR)).round
+            assert before is not None
+            at_s = house.clock.wall_s() + 200
+            await coordinator.switch(PAIR, at_s=at_s)
+            await ended.wait()
+            journal = await coordinator.history(PAIR)
+        begun = [entry.at_s for entry in journal if entry.step == f"open_view:{before + 1}"]
+        closed = [entry.at_s for entry in journal if entry.step == f"drop_checkpoints:{before + 1}"]
+        switched = next(entry.at_s for entry in journal if entry.step == State.SWITCHING.value)
+        assert at_s - 100 < begun[0] < closed[-1] < at_s <= switched
+        assert not [entry for entry in journal if entry.step == f"open_view:{before + 2}"], "one is enough"
+
     async def test_a_replica_that_stopped_by_itself_is_asked_about_before_the_set_time_switches(
         self, house: House
     ) -> None:

@@ -13,7 +13,7 @@ import trio
 
 from agent.delta.blocks import BLOCK_BYTES
 from agent.disk.seam import Disk
-from agent.errors import AgentError, SyncError
+from agent.errors import AgentError, DiskError, SyncError
 from agent.sync.buffers import TARGET_BUFFER_BYTES, BufferPool
 from agent.sync.comparing import TOLD_STRETCHES, ComparingSource, comparing_target, comparing_tuning
 from agent.sync.conversation import Conversation, Lane, PeerFailed
@@ -197,6 +197,31 @@ async def test_a_bit_flipped_in_the_replica_is_caught_by_both(tmp_path: Path) ->
         told = await compare(MemoryDisk("vda", source, writable=False), against)
         assert told.differing == (ByteRange(offset_bytes=4 * B, length_bytes=B),)
     digest_map.close()
+
+
+async def test_a_verification_reads_what_a_larger_target_has_behind_the_end_of_the_replica() -> None:
+    size = 100 * MIB + 512
+    source = SparseDisk("vda", SparseStorage(size), writable=False)
+    clean = SparseStorage(size + 200 * MIB, {2500: bytes(B)})  # written zeroes are read, and are zeroes
+    target = SparseDisk("vda", clean, writable=False)
+    told = await compare(source, target)
+    assert told.complete
+    assert told.target.differing_bytes == 0
+    assert told.target.compared_bytes == size + B  # what is a hole there need not be
+    clean.write(size, b"!")
+    clean.write(size + 150 * MIB, b"!")
+    told = await compare(source, SparseDisk("vda", clean, writable=False))
+    assert told.complete
+    assert [stretch.offset_bytes for stretch in told.target.differing] == [size, size + 150 * MIB - 512]
+    assert told.source.differing_bytes == 0  # the replica has nothing there: the target alone can tell
+
+
+async def test_a_tail_that_cannot_be_read_ends_the_verification() -> None:
+    storage = SparseStorage(2 * MIB, {20: b"x" * B})
+    storage.fail_from["reading back"] = (MIB, OSError(5, "Input/output error"))
+    told = await compare(SparseDisk("vda", SparseStorage(MIB)), SparseDisk("vda", storage, writable=False))
+    assert isinstance(told.target_failure, DiskError)
+    assert isinstance(told.source_failure, PeerFailed)
 
 
 async def test_where_everything_differs_it_is_all_counted_and_64_stretches_are_named() -> None:

@@ -15,7 +15,17 @@ from coordinator.plain import to_json
 from coordinator.records import SwitchOrder
 from coordinator.runlog import RunLog
 from coordinator.switch_order import check_switch_time
-from coordinator.timing import LATE_RETURN, LATEST_S, SWITCH, Order, Trigger, judge, order_in_force
+from coordinator.timing import (
+    LATE_RETURN,
+    LATEST_S,
+    SWITCH,
+    Due,
+    Order,
+    Trigger,
+    due_before,
+    judge,
+    order_in_force,
+)
 
 READY = Decision(next=Next.READY, key="ready", sentence="the downtime would be about 3.0 s")
 HOLD = Decision(next=Next.HOLD, key="over-max", sentence="too long")
@@ -96,6 +106,27 @@ def test_the_moment_to_switch(order: Order, decision: Decision, wall_s: float, g
     verdict = judge(order, decision, wall_s=wall_s, pair="web")
     assert verdict.go is go
     assert words in verdict.waiting.sentence
+
+
+AT_1000 = Order(trigger=Trigger.AT, at_s=1000.0)
+
+
+@pytest.mark.parametrize(
+    ("order", "wall_s", "rested_s", "due"),
+    [
+        (AT_1000, 969.0, 300.0, Due.NOTHING),
+        (AT_1000, 971.0, 300.0, Due.ROUND),  # 1.25 times 20 s and 5 s more are left
+        (AT_1000, 972.0, 1.0, Due.REST),
+        (AT_1000, 999.0, 6.0, Due.REST),
+        (AT_1000, 999.0, 31.0, Due.ROUND),  # nobody was there to begin it in time: better late than a large delta
+        (AT_1000, 1000.0, 300.0, Due.NOTHING),  # now it switches
+        (Order(trigger=Trigger.AT, at_s=1000.0, used=True), 980.0, 300.0, Due.NOTHING),
+        (Order(trigger=Trigger.PERSON), 980.0, 300.0, Due.NOTHING),
+        (Order(trigger=Trigger.AUTO), 980.0, 300.0, Due.NOTHING),
+    ],
+)
+def test_one_more_round_ends_just_before_the_set_time(order: Order, wall_s: float, rested_s: float, due: Due) -> None:
+    assert due_before(order, wall_s=wall_s, rested_s=rested_s, takes_s=20.0) is due
 
 
 def test_a_time_that_is_past_is_a_wrong_word() -> None:
