@@ -191,6 +191,12 @@ class Seams:
         storage, process = self._storage(path)
         storage.replace_whole(process, path, text, sync=not self.world.broken.ledger_not_synced)
 
+    def settle(self, folder: Path) -> None:
+        """See `agent.durable.settle`."""
+        storage, process = self._storage(folder)
+        if not self.world.broken.ledger_not_synced:
+            storage.settle(process, folder)
+
     def stamp_of(self, fd: int) -> Any:
         """See `agent.disk.stamp.stamp_of`."""
         path = Path(f"/proc/self/fd/{fd}").resolve()
@@ -263,6 +269,7 @@ def installed(world: World) -> Iterator[Seams]:
         (agent.disk.commit.commit_overlays, seams.commit_overlays),
         (agent.disk.stamp.stamp_of, seams.stamp_of),
         (agent.durable.replace_whole, seams.replace_whole),
+        (agent.durable.settle, seams.settle),
         (protocol.bulk.connect_bulk, seams.connect_bulk),
         (time, clock),
         (secrets, seeded),
