@@ -27,6 +27,16 @@ def remove_durably(path: Path) -> None:
     _sync(path.parent)
 
 
+def settle(folder: Path) -> None:
+    """Make durable what an earlier process has renamed or removed in this folder and those in it. Raises `OSError`.
+
+    A process that was killed between a rename and the sync of its folder leaves what the next one reads and a power cut
+    takes back: nothing that was read may be relied on before this.
+    """
+    for place in (folder, *(below for below in folder.iterdir() if below.is_dir() and not below.is_symlink())):
+        _sync(place)
+
+
 def _sync(folder: Path) -> None:
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -20,7 +20,7 @@ import cattrs
 
 from agent.authority_record import EpochRecord, epoch_of, with_epoch
 from agent.disk.stamp import Stamp
-from agent.durable import replace_whole
+from agent.durable import replace_whole, settle
 from agent.errors import AgentError
 from agent.fence_list import entry, list_text, write_list
 from agent.fence_record import ConditionRecord, DiskCondition, FencedImage, FenceRecord, LockKind
@@ -172,12 +172,22 @@ class Ledger:
             ) from error
         ledger = cls(folder, _lock_fd=fd)
         try:
+            ledger._settle()
             ledger._contents = ledger._read()
             ledger._list(ledger._contents)
         except LedgerError:
             ledger.close()
             raise
         return ledger
+
+    def _settle(self) -> None:
+        try:
+            settle(self.folder)
+        except OSError as error:
+            raise LedgerError(
+                f"the state folder {self.folder} cannot be made durable: {error.strerror}; see to its storage, then "
+                "start the agent again"
+            ) from error
 
     @property
     def path(self) -> Path:

@@ -20,6 +20,8 @@ T = TypeVar("T")
 MAX_EVENTS = 30_000
 REQUEST: ContextVar[str] = ContextVar("REQUEST", default="")
 """What kind of request that is."""
+HOST: ContextVar[str] = ContextVar("HOST", default="")
+"""The host whose agent the running task belongs to; empty: the coordinator's."""
 ORDER: ContextVar[Order | None] = ContextVar("ORDER", default=None)
 """The order that the running task of an agent carries out."""
 
@@ -82,6 +84,18 @@ class Process:
     dead: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     holds: list[Hangs] = field(default_factory=list)
+    asleep: trio.Event | None = None
+
+    async def awake(self) -> None:
+        """Return when nothing holds it up (SIGSTOP)."""
+        while self.asleep is not None:
+            await self.asleep.wait()
+
+    def wake(self) -> None:
+        """SIGCONT."""
+        if self.asleep is not None:
+            event, self.asleep = self.asleep, None
+            event.set()
 
     def kill(self) -> None:
         """SIGKILL. Whoever calls this from inside calls `check` next."""

@@ -28,6 +28,17 @@ def kill_coordinator(world: World) -> None:
         world.coordinator.kill()
 
 
+def jump(name: str, world: World) -> None:
+    """A host's wall clock is set, far on or far back."""
+    by_s = world.random.choice((-1, 1)) * world.random.expovariate(1 / 100_000)
+    world.jumped_s[name] = world.jumped_s.get(name, 0.0) + by_s
+
+
+def take_for_dead(world: World) -> None:
+    """Another one takes the pair over while it stands still."""
+    world.take_for_dead()
+
+
 def kill_agent(name: str, world: World) -> None:
     """SIGKILL: the kernel takes its locks and connections."""
     host = world.hosts[name]
@@ -46,10 +57,10 @@ def kill_qemu(world: World) -> None:
         world.replica.end(killed=True)
 
 
-def cut(name: str, world: World) -> None:
+def cut(name: str, world: World, at_most_s: float = 30.0) -> None:
     """A link, for a while."""
     world.links[name].cut()
-    world.nursery.start_soon(_mend, world, name, world.random.random() * 30)
+    world.nursery.start_soon(_mend, world, name, world.random.random() * at_most_s)
 
 
 def stall(name: str, world: World) -> None:
@@ -106,6 +117,10 @@ def ignore_shutdown(world: World) -> None:
 
 FAULTS: tuple[tuple[int, str, Callable[[World], None]], ...] = (
     (8, "the coordinator is killed", kill_coordinator),
+    (3, "the coordinator is taken for dead, and wakes up", take_for_dead),
+    (1, "the clock of the coordinator jumps", partial(jump, "")),
+    (1, "the clock of the DR host jumps", partial(jump, "dr")),
+    (1, "the clock of the production host jumps", partial(jump, "prod")),
     (4, "the source agent is killed", partial(kill_agent, "dr")),
     (5, "the target agent is killed", partial(kill_agent, "prod")),
     (2, "the DR host loses its power", partial(fail_power, "dr")),

@@ -180,6 +180,7 @@ MUTATING = (
     "close_view",
     "protect",
     "unprotect",
+    "merge_protection",
 )
 
 
@@ -232,6 +233,7 @@ def _wrapped(name: str) -> Callable[..., Any]:
         result = getattr(FakeHypervisor, name)(self, *args, **words)
         if name == "open_view":
             self.machine.since[result.domain_uuid] = dict(result.since)
+        self.machine.monitor.overlaid(self.machine.domains[args[0]], name)
         self._process.point(f"{name} done")
         return result
 

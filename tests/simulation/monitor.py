@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agent.sync.map_file import HEADER_BYTES
 from agent.tags import tag_of
 from agent.virt.seam import PowerState
-from protocol.messages import FenceVm, LiftFence, Reply, Request, ViewOpened
+from protocol.messages import FenceVm, LiftFence, Reply, Request, TakePair, ViewOpened
 from tests.simulation.core import ORDER, REQUEST, Chaos, Violation
 from tests.simulation.storage import PAGE
 
@@ -30,6 +30,11 @@ class Monitor:
         tampered: a bitmap has lied, so that only the audit can know.
         differs: the original was started from something else than the replica's last state, after such a lie.
         acked: the highest epoch each host has acknowledged.
+        called_off: a person has said that the original stays off; who starts it all the same does so by hand.
+        holds: a switchover of the run that fails is held (``--on-failure hold``).
+        forward_only: and what works on it now was not asked to take it back.
+        kept: what the original's disks hold under its working snapshot.
+        holder: the coordinator that has taken the pair over, by host.
         guarding: hosts whose agent serves, and so has taken the locks of its fences.
         views: the content of every view by name, disk by disk of the replica.
     """
@@ -40,10 +45,15 @@ class Monitor:
     original_is_current: bool = False
     tampered: bool = False
     differs: bool = False
+    holds: bool = False
+    called_off: bool = False
+    forward_only: bool = False
     acked: dict[str, int] = field(default_factory=dict)
     fenced: dict[str, bool] = field(default_factory=dict)
     views: dict[str, dict[str, bytes]] = field(default_factory=dict)
     frozen: dict[Path, int] = field(default_factory=dict)
+    kept: dict[str, bytes] = field(default_factory=dict)
+    holder: dict[str, str] = field(default_factory=dict)
     guarding: set[str] = field(default_factory=set)
     _parsed: dict[tuple[str, bytes], Any] = field(default_factory=dict)
 
@@ -73,9 +83,11 @@ class Monitor:
             self.frozen.clear()
             self._require_same(domain, self.replica, "I3: the replica is not what it was when it went off")
             if domain.started_by == "tool":
+                if self.forward_only:
+                    raise Violation("hold: the replica is put back into service, and nobody has said so")
                 self.original_is_current = False
             return
-        if domain.started_by != "tool" and self._is_released(domain):
+        if domain.started_by != "tool" and not self.called_off and self._is_released(domain):
             domain.started_by = "tool"  # the switchover had freed it: somebody was quicker
         if domain.started_by != "tool":
             domain.memory = None if not self.original_is_current else domain.memory
@@ -135,11 +147,26 @@ class Monitor:
                 page = next(p for p in range(0, len(found), 4096) if found[p : p + 4096] != wanted[p : p + 4096])
                 raise Violation(f"{sentence} ({target}, first at {page})")
 
+    def overlaid(self, domain: Any, name: str) -> None:
+        """Overlays of the original came, or are gone: its disks are under its working snapshot, or given back."""
+        if domain is not self.original or name not in ("protect", "unprotect", "merge_protection"):
+            return
+        contents = {
+            target: domain.machine.storage.content(image.path)
+            for target, top in domain.disks.items()
+            for image in list(top.chain())[-1:]
+        }
+        if name == "unprotect" and self.kept and contents != self.kept:
+            raise Violation("undo: the original that was given back is not what it was before the run")
+        self.kept = contents if name == "protect" else {}
+
     # --- agents -------------------------------------------------------------------------------------------------------
 
     def acts(self, host: str, what: str) -> None:
         """An agent changes something under the order that its task carries out (I6)."""
         order = ORDER.get()
+        if order is not None and order.place != self.holder.get(host, order.place):
+            raise Violation(f"I6: {host} does {what} for a coordinator from which the pair was taken")
         if order is not None and order.epoch < self.acked.get(host, 0):
             raise Violation(
                 f"I6: {host} does {what} under epoch {order.epoch} after it acknowledged {self.acked[host]}"
@@ -175,6 +202,8 @@ class Monitor:
         order = getattr(request, "order", None)
         if order is not None:
             self.acked[host] = max(self.acked.get(host, 0), order.epoch)
+        if isinstance(request, TakePair):
+            self.holder[host] = request.order.place
         if isinstance(request, FenceVm):
             vm = self.original if request.vm_uuid == self.original.uuid else self.replica
             if not self.durable_fence(vm.machine, vm.uuid):

@@ -137,11 +137,13 @@ class PlainStream:
 
     async def send_all(self, data: bytes) -> None:
         await trio.lowlevel.checkpoint()
+        await self._end.end.process.awake()
         self._end.end.transmit(bytes(data))
 
     async def receive_some(self) -> bytes:
         await trio.lowlevel.checkpoint()
         while True:
+            await self._end.end.process.awake()
             try:
                 return self._end.end.take(float("inf"))
             except NotYet as wait:

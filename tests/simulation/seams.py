@@ -25,6 +25,7 @@ import trio._core._run as trio_run
 from trio.testing import MockClock
 
 import agent.disk.bitmaps
+import agent.disk.commit
 import agent.disk.dirty
 import agent.disk.lock
 import agent.disk.open
@@ -174,12 +175,27 @@ class Seams:
         dirty = self._dirty(name, self._image(image), bitmap)
         return sum(length for _, length in dirty.ranges(0, dirty.size_bytes))
 
+    def commit_overlays(self, _: str, overlays: Sequence[Path], base: Path, *__: Any, **___: Any) -> None:
+        """See `agent.disk.commit.commit_overlays`."""
+        host = self._host(base)
+        host.process.point(f"merges into {base.name}")
+        self.world.monitor.kept = {}
+        storage = host.storage
+        storage.write(base, 0, storage.content(overlays[0]))
+        storage.state(base).flush()
+
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def replace_whole(self, path: Path, text: str) -> None:
         """See `agent.durable.replace_whole`."""
         storage, process = self._storage(path)
         storage.replace_whole(process, path, text, sync=not self.world.broken.ledger_not_synced)
+
+    def settle(self, folder: Path) -> None:
+        """See `agent.durable.settle`."""
+        storage, process = self._storage(folder)
+        if not self.world.broken.ledger_not_synced:
+            storage.settle(process, folder)
 
     def stamp_of(self, fd: int) -> Any:
         """See `agent.disk.stamp.stamp_of`."""
@@ -235,7 +251,7 @@ def installed(world: World) -> Iterator[Seams]:
     numbers = Random(world.seed)
     counter = itertools.count()
     clock = SimpleNamespace(
-        time=lambda: 1.7e9 + trio.current_time(),
+        time=world.wall_s,
         monotonic=trio.current_time,
         perf_counter=lambda: next(counter) * 0.001,
         sleep=lambda _: None,
@@ -250,8 +266,10 @@ def installed(world: World) -> Iterator[Seams]:
         (agent.disk.bitmaps.bitmaps_of, seams.bitmaps_of),
         (agent.disk.bitmaps.remove_bitmap, seams.remove_bitmap),
         (agent.disk.bitmaps.dirty_bytes, seams.dirty_bytes),
+        (agent.disk.commit.commit_overlays, seams.commit_overlays),
         (agent.disk.stamp.stamp_of, seams.stamp_of),
         (agent.durable.replace_whole, seams.replace_whole),
+        (agent.durable.settle, seams.settle),
         (protocol.bulk.connect_bulk, seams.connect_bulk),
         (time, clock),
         (secrets, seeded),

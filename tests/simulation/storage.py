@@ -159,6 +159,12 @@ class Storage:
             del self.pending[path]
             process.point(f"{path.name} is durable")
 
+    def settle(self, process: Process, folder: Path) -> None:
+        """As `agent.durable.settle`."""
+        if any(path.is_relative_to(folder) for path in self.pending):
+            process.point(f"settles {folder.name}")
+            self.pending = {path: old for path, old in self.pending.items() if not path.is_relative_to(folder)}
+
     def crash(self) -> None:
         """The power goes."""
         for path in sorted(self.files):

@@ -19,12 +19,21 @@ import trio
 from agent.errors import HypervisorError
 from agent.virt.seam import PowerState
 from coordinator.errors import CoordinatorError
-from coordinator.model import Newest, Pair, PairRequest, RestorePoint, RunOptions, ShutdownPolicy, State
+from coordinator.model import (
+    Newest,
+    OnFailure,
+    Pair,
+    PairRequest,
+    RestorePoint,
+    RunOptions,
+    ShutdownPolicy,
+    State,
+)
 from coordinator.runs import Coordinator
 from coordinator.states import TABLE, allowed_verbs
 from protocol.messages import Tracking
 from tests.simulation.core import Chaos, Violation
-from tests.simulation.faults import plan
+from tests.simulation.faults import cut, plan, start_original
 from tests.simulation.monitor import PAIR
 from tests.simulation.seams import installed, run_deterministically
 from tests.simulation.world import Broken, World
@@ -32,6 +41,8 @@ from tests.simulation.world import Broken, World
 ATTEMPTS = 40
 WITHIN_S = 100_000.0
 REAL_S = 60.0
+TAKEN_BACK = (State.ROLLING_BACK, State.CANCELLING, State.UNDOING)
+"""What a person has asked for to be taken back, and so goes on being."""
 REQUEST = PairRequest(
     name=PAIR, original_host="prod", original_vm="web", replica_host="dr", replica_vm="web", in_failover=True
 )
@@ -57,6 +68,7 @@ class Administrator:
     faults: bool
     started: bool = False
     runs_left: int = 1
+    word_given: bool = False
     outcomes: list[str] = field(default_factory=list)
 
     @property
@@ -70,6 +82,8 @@ class Administrator:
         self.runs_left = self.random.choice((1, 1, 2))
         await self._do("register", lambda c: c.register_pair(REQUEST))
         for _ in range(ATTEMPTS):
+            if world.must_take:
+                await self._take()
             pair = await self._pair()
             if pair is None:
                 await self._do("register", lambda c: c.register_pair(REQUEST))
@@ -78,12 +92,23 @@ class Administrator:
             world.chaos.say(f"=== {pair.state.value}")
             if pair.state is State.FAILOVER and world.original.state is PowerState.OFF:
                 world.monitor.original_is_current = False
+            if pair.state is State.FAILOVER and self.word_given:
+                await self._meet_again()
             if pair.state is State.READY or (
                 pair.state is State.FAILOVER and self.started and not self._begins_again()
             ):
                 return pair
             await self._go_on(pair)
         raise Violation(f"I4: after {ATTEMPTS} attempts the pair does not rest: {self.outcomes[-3:]}")
+
+    async def _take(self) -> None:
+        """``--take-over``, until both hosts know of it."""
+        world = self.world
+        await self._do("take over", lambda c: c.take_pair(PAIR))
+        if "is taken over" in self.outcomes[-1] and "not on" not in self.outcomes[-1]:
+            world.must_take = False
+            assert world.taken is not None
+            world.taken.set()
 
     def _begins_again(self) -> bool:
         self.runs_left -= 1
@@ -95,23 +120,58 @@ class Administrator:
         return None
 
     async def _go_on(self, pair: Pair) -> None:
+        world = self.world
         verb = self._choose(pair)
+        asked_back = (
+            verb in ("undo", "cancel") or (pair.state if pair.operator is None else pair.operator.before) in TAKEN_BACK
+        )
+        world.monitor.forward_only = world.monitor.holds and not asked_back
         match verb:
             case "register":
                 done = await self._do(verb, lambda c: c.register_pair(REQUEST))
             case "start":
-                done = await self._do(verb, lambda c: c.start_run(PAIR, self._options()))
+                options = self._options()
+                done = await self._do(verb, lambda c: c.start_run(PAIR, options))
+                world.monitor.holds = options.on_failure is OnFailure.HOLD
                 self.started = True
             case "commit":
                 point = RestorePoint.KEEP if self.random.random() < 0.5 else RestorePoint.DROP
                 done = await self._do(verb, lambda c: c.commit(PAIR, point, wait_audit=True))
+            case "undo" if pair.operator is not None and "--original-is-off" in pair.operator.sentence:
+                done = await self._undo_by_word()
             case "undo":
+                if self.random.random() < 0.3:
+                    cut("prod", world, 600.0)
                 done = await self._do(verb, lambda c: c.undo(PAIR))
             case "cancel":
                 done = await self._do(verb, lambda c: c.cancel(PAIR))
             case _:
                 done = await self._do(verb, lambda c: c.resume(PAIR))
         await trio.sleep(self.random.random() * (20 if done else 5))
+
+    async def _undo_by_word(self) -> bool:
+        """The administrator makes sure that the original is off, which its host cannot say."""
+        world = self.world
+        if world.original.state is not PowerState.OFF:
+            world.chaos.say("=== the original is made sure to be off by hand")
+            world.original.end()
+        cut("prod", world, 1800.0)
+        self.word_given = world.monitor.called_off = True
+        return await self._do("undo by word", lambda c: c.undo(PAIR, original_is_off="prod"))
+
+    async def _meet_again(self) -> None:
+        """The host of an original that was called off can be reached again: at the first contact it is fenced."""
+        world, self.word_given = self.world, False
+        world.monitor.called_off = False
+        world.links["prod"].mend()
+        if self.random.random() < 0.3:
+            start_original(world)
+        for _ in range(10):
+            await trio.sleep(30)
+            await self._do("contact", lambda c: c.findings(PAIR))
+            if world.monitor.durable_fence(world.original.machine, world.original.uuid):
+                return
+        raise Violation("I1: an original that was called off is not fenced at the first contact with its host")
 
     def _choose(self, pair: Pair) -> str:
         verbs = {verb.value for verb in allowed_verbs(pair)} & {"resume", "cancel", "commit", "undo"}
@@ -137,6 +197,8 @@ class Administrator:
             kill_after_s=5.0,
             shutdown_policy=ShutdownPolicy.FORCE if random.random() < 0.7 else ShutdownPolicy.ABORT,
             background_s=5.0,
+            protect_original=random.random() < 0.25,
+            on_failure=OnFailure.HOLD if random.random() < 0.3 else OnFailure.ROLLBACK,
             track=Tracking.BITMAP if random.random() < 0.8 else Tracking.NONE,
             verify_full=random.random() < 0.15,
             audit=self.world.lies or random.random() < 0.8,
@@ -153,7 +215,7 @@ class Administrator:
         except CoordinatorError as error:
             said = f"{error.code}: {world.anonymous(error.sentence)}"
         else:
-            said = "killed" if result is None else getattr(result, "sentence", str(result)[:60])
+            said = "killed" if result is None else getattr(result, "sentence", world.anonymous(str(result))[:60])
             said = world.anonymous(said)
         world.chaos.say(f"=== {what}: {said}")
         self.outcomes.append(f"{what}: {said}")

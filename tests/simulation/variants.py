@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import trio
 
+import agent.authority
 import agent.sources
 import agent.sync.writing
 from agent.authority import Authority
@@ -23,12 +26,14 @@ from agent.passrun import PassRunner
 from agent.sync.map_file import MapFile
 from agent.tags import tag_of
 from agent.virt.seam import EarlierView
-from coordinator import rounds, steps_switch
+from coordinator import engine, rounds, steps_switch
 from coordinator.context import RunContext
+from coordinator.duties import DutifulAgents
 from coordinator.records import CheckpointsRecord, Nothing, PassRecord
 from coordinator.steps_round import DropCheckpointsOfRound
 from coordinator.steps_switch import LastPass, LiftOriginalFence
 from protocol.messages import DropCheckpoints
+from tests.fakes.hypervisor import FakeHypervisor
 from tests.fakes.memory_dirty import MemoryDirtyRanges
 from tests.simulation.faults import cut, kill_agent, kill_qemu, start_original
 from tests.simulation.machines import SimHypervisor, write
@@ -37,6 +42,8 @@ from tests.simulation.storage import SimDisk
 from tests.simulation.world import Broken, World
 
 INTACT = Broken()
+_CHECK = Authority._check
+_UNPROTECT = FakeHypervisor.unprotect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,11 @@ def _no_read_back(_disk: Any, written: Any, _rehash: Any = None) -> int:
 
 def _never_stale(_: Authority, *__: Any, **___: Any) -> None:
     return
+
+
+def _by_the_clock(self: Authority, order: Any, peer: Any, seen: Any, *, take_over: bool) -> None:
+    if vars(agent.authority)["time"].time() >= seen.since_s:  # the simulated one
+        _CHECK(self, order, peer, seen, take_over=take_over)
 
 
 async def _no_last_pass(_: LastPass, context: RunContext) -> PassRecord:
@@ -143,6 +155,17 @@ def _no_autostart(self: SimHypervisor, uuid: str, enabled: bool) -> bool:
 
 async def _left_as_it_is(_: LiftOriginalFence, __: RunContext) -> Nothing:
     return Nothing()
+
+
+def _merged_away(self: FakeHypervisor, uuid: str, snapshot: str, overlays: Any) -> None:
+    for overlay in overlays:
+        if overlay.overlay.exists():
+            shutil.copyfile(overlay.overlay, overlay.base)
+    _UNPROTECT(self, uuid, snapshot, overlays)
+
+
+async def _does_nothing(*_: Any) -> None:
+    return
 
 
 async def _not_held(_: RunContext) -> bool:
@@ -265,6 +288,37 @@ VARIANTS = (
     ),
     Variant(
         name="the marks of digest maps are skipped", caught_as="6", patches=((MapFile, "mark", _marked_in_memory),)
+    ),
+    Variant(
+        name="a switchover that is to be held is rolled back",
+        caught_as="hold",
+        patches=((engine, "OnFailure", SimpleNamespace(HOLD=None)),),
+        faults=2,
+        only=("the next write to the original rots", "EIO on the next", "the target agent is killed"),
+    ),
+    Variant(
+        name="the fence that a person's word owes is forgotten",
+        caught_as="I1: an original that was called off",
+        patches=((DutifulAgents, "_do_duties", _does_nothing),),
+    ),
+    Variant(
+        name="a coordinator that wakes up is obeyed though the pair was taken from it",
+        caught_as="I6",
+        patches=((Authority, "_check", _never_stale),),
+        faults=1,
+        only=("the coordinator is taken for dead",),
+    ),
+    Variant(
+        name="an epoch counts only while the clock does not go back",
+        caught_as="I6",
+        patches=((Authority, "_check", _by_the_clock),),
+        faults=5,
+        only=("the clock of the", "a stale coordinator"),
+    ),
+    Variant(
+        name="undo gives back an original that was written to",
+        caught_as="undo",
+        patches=((FakeHypervisor, "unprotect", _merged_away),),
     ),
     Variant(
         name="a lost dirty bitmap is accepted",

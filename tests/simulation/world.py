@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import uuid as uuids
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from agent.sync.conversation import Unforeseen
 from coordinator.agents import AgentLink
 from coordinator.config import Config
 from coordinator.database import Database
+from coordinator.errors import CoordinatorError
 from coordinator.runs import Coordinator
 from coordinator.store import Store, Work
 from protocol.control_server import _Server
@@ -40,7 +43,7 @@ from protocol.messages import (
     Unprotect,
 )
 from protocol.tls import PeerIdentity
-from tests.simulation.core import ORDER, REQUEST, Chaos, InlineThreads, Process, Violation, only_killed
+from tests.simulation.core import HOST, ORDER, REQUEST, Chaos, InlineThreads, Process, Violation, only_killed
 from tests.simulation.machines import Memory, SimDomain, SimHypervisor, SimMachine, guest
 from tests.simulation.monitor import PAIR, Monitor
 from tests.simulation.network import BulkEnd, ControlEnd, Link, pair
@@ -141,6 +144,7 @@ class AgentHost:
         self.world.chaos.say(f"*** agent {self.name} is gone")
 
     async def _serve(self) -> None:
+        HOST.set(self.name)
         tls = TlsConfig(ca=NOWHERE, certificate=NOWHERE, key=NOWHERE)
         folder = self.machine.folder
         config = AgentConfig(tls=tls, name=self.name, state_dir=folder / "state", runtime_dir=folder / "run")
@@ -165,6 +169,7 @@ class AgentHost:
     async def take_control(self, end: ControlEnd) -> None:
         """A control connection."""
         assert self.service is not None
+        HOST.set(self.name)
         ORDER.set(None)
         server = _Server(
             context=None,  # type: ignore[arg-type]
@@ -179,6 +184,7 @@ class AgentHost:
 
     async def take_bulk(self, wire: BulkEnd) -> None:
         """A bulk connection."""
+        HOST.set(self.name)
         ORDER.set(None)
         service = self.service
         if service is None:
@@ -212,6 +218,7 @@ class AgentHost:
             return
         request = stale[number % len(stale)]
         self.world.chaos.say(f"    a stale coordinator orders {type(request).__name__}")
+        HOST.set(self.name)
         ORDER.set(request.order)
         REQUEST.set(type(request).__name__)
         try:
@@ -241,8 +248,10 @@ class SimStore(Store):
     async def write(self, work: Work[T]) -> T:
         """See `Store.write`."""
         self._process.point("writes to its database")
+        await self._process.awake()
         result = await super().write(work)
         self._process.point("has written to its database")
+        await self._process.awake()
         return result
 
 
@@ -271,11 +280,14 @@ class SimAgents:
 
 
 class VirtualClock:
-    """Trio's time."""
+    """Trio's time, and a wall clock that jumps."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
 
     def wall_s(self) -> float:
         """See `coordinator.clock.Clock`."""
-        return 1.7e9 + trio.current_time()
+        return self._world.wall_s()
 
     def monotonic_s(self) -> float:
         """See `coordinator.clock.Clock`."""
@@ -294,6 +306,10 @@ class World:
     links: dict[str, Link] = field(default_factory=dict)
     coordinator: Process | None = None
     lies: bool = False
+    jumped_s: dict[str, float] = field(default_factory=dict)
+    must_take: bool = False
+    abandoned: trio.Event | None = None
+    taken: trio.Event | None = None
 
     def __post_init__(self) -> None:
         random = self.random = self.chaos.random
@@ -302,7 +318,7 @@ class World:
         self.chaos.after.append(self.monitor.look)
         self.nursery: trio.Nursery = None  # type: ignore[assignment] # set before anything runs
         self.links = {name: Link(name) for name in ("dr", "prod", "bulk")}
-        self.config = Config(state_dir=self.folder / "ctl", hooks_dir=self.folder / "hooks.d")
+        self.config = Config(state_dir=self._registry("ctl"), hooks_dir=self.folder / "hooks.d")
         for name, fingerprint in (("dr", "d0" * 32), ("prod", "f0" * 32)):
             folder = self.folder / name
             (folder / "run").mkdir(parents=True)
@@ -310,6 +326,12 @@ class World:
             machine = SimMachine(folder, name, storage, self.monitor, hook=random.random() < 0.5)
             self.hosts[name] = AgentHost(self, name, machine, storage, fingerprint)
         self._define(random)
+
+    def _registry(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        (folder / "registry.mark").write_text(f"{self.seed} {name}\n", encoding="ascii")
+        return folder
 
     def _define(self, random: Random) -> None:
         targets = ["vda", "vdb"][: random.choice((1, 1, 2))]
@@ -350,6 +372,10 @@ class World:
     def replica(self) -> SimDomain:
         """On dr."""
         return self.monitor.replica
+
+    def wall_s(self) -> float:
+        """What the clock of the host says on which the running task runs."""
+        return 1.7e9 + trio.current_time() + self.jumped_s.get(HOST.get(), 0.0)
 
     def host_of(self, path: Path) -> AgentHost | None:
         """The host whose storage has that path."""
@@ -394,9 +420,60 @@ class World:
         host.spawn(host.take_control, ControlEnd(there, coordinator))
         return ControlEnd(here, host.identity)
 
+    def take_for_dead(self) -> None:
+        """The coordinator's process stands still; another one, with a copy of its database, is to go on. Once."""
+        process = self.coordinator
+        if process is None or self.taken is not None or not self.config.database.exists():
+            return
+        first, self.config = self.config, replace(self.config, state_dir=self._registry("ctl2"))
+        with closing(sqlite3.connect(first.database)) as old, closing(sqlite3.connect(self.config.database)) as new:
+            old.backup(new)
+        process.asleep, self.taken, self.must_take = trio.Event(), trio.Event(), True
+        self.coordinator = None
+        self.nursery.start_soon(self._wake, process, first)
+        assert self.abandoned is not None
+        self.abandoned.set()
+
+    async def _wake(self, process: Process, first: Config) -> None:
+        """Some time after it was taken for dead the first coordinator goes on where it stood, and tries once more."""
+        assert self.taken is not None
+        await self.taken.wait()
+        await trio.sleep(self.random.random() * 20)
+        self.chaos.say("    the first coordinator wakes up")
+        process.wake()
+        for _ in range(3):
+            await trio.sleep(5 + 20 * self.random.random())
+            try:
+                await self._run(Process("old", self.chaos), lambda c: c.resume(PAIR), first)
+            except CoordinatorError as error:
+                self.chaos.say(f"    the first coordinator is told: {error.code}")
+
     async def coordinate(self, act: Callable[[Coordinator], Awaitable[T]]) -> T | None:
-        """One process of the coordinator does `act`; None where it was killed. Raises what `act` raises."""
+        """One process of the coordinator does `act`; None where it was killed, or taken for dead. Raises what `act`
+        raises."""
         process = self.coordinator = Process("ctl", self.chaos)
+        abandoned = self.abandoned = trio.Event()
+        failure: Exception | None = None
+        result: T | None = None
+
+        async def whole() -> None:
+            nonlocal result, failure
+            try:
+                result = await self._run(process, act, self.config)
+            except CoordinatorError as error:
+                failure = error
+            finally:
+                if self.coordinator is process:
+                    self.coordinator = None
+                abandoned.set()
+
+        self.nursery.start_soon(whole)
+        await abandoned.wait()
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _run(self, process: Process, act: Callable[[Coordinator], Awaitable[T]], config: Config) -> T | None:
         failure: Exception | None = None
         result: T | None = None
 
@@ -407,10 +484,10 @@ class World:
                 async with trio.open_nursery() as nursery:
                     try:
                         async with Coordinator(
-                            self.config,
+                            config,
                             actor="root@sim",
                             agents=SimAgents(nursery),
-                            clock=VirtualClock(),
+                            clock=VirtualClock(self),
                             tokens=self.tokens,
                             make_store=lambda database: SimStore(database, process),
                         ) as coordinator:
@@ -426,7 +503,6 @@ class World:
                 raise
         finally:
             dead, process.dead = process.dead, True
-            self.coordinator = None
         if dead:
             return None
         if failure is not None:

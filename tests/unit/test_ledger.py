@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import durable
 from agent.ledger import (
     ConditionRecord,
     DiskCondition,
@@ -126,3 +127,21 @@ def test_what_views_record_is_kept_by_view_and_forgotten_by_vm(tmp_path: Path) -
         assert [owed.vm_uuid for owed in ledger.contents.thaws] == ["a"]
         ledger.drop_thaw("a")
         assert ledger.contents.thaws == ()
+
+
+def test_what_a_killed_agent_renamed_is_made_durable_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ledger.open(tmp_path).close()
+    (tmp_path / "progress").mkdir()
+    done: list[str] = []
+    read = Ledger._read
+
+    def reading(ledger: Ledger) -> object:
+        done.append("read")
+        return read(ledger)
+
+    monkeypatch.setattr(durable, "_sync", lambda folder: done.append(folder.name))
+    monkeypatch.setattr(Ledger, "_read", reading)
+    Ledger.open(tmp_path).close()
+    assert done == [tmp_path.name, "progress", "read"]
