@@ -34,6 +34,9 @@ QUIETLY = frozenset(("emulator", "seclabel", "resource", "cputune", "numatune", 
 """The host's own, of which the guest knows nothing; not worth a word."""
 CHARACTER = ("serial", "console", "parallel", "channel")
 CHARACTER_KINDS = ("pty", "unix", "spicevmc", "qemu-vdagent", "null")
+HOST_ATTRIBUTES = frozenset(("file", "path", "tap", "vhost", "socket", "rendernode", "evdev"))
+INPUTS = ("mouse", "tablet", "keyboard")
+PROSE = ("title", "description", "metadata")
 FILES = ("loader", "kernel", "initrd", "dtb", "shim")
 NICS = {"network": "network", "bridge": "bridge", "user": ""}
 NIC_PARTS = ("mac", "model", "mtu", "vlan", "link", "boot", "address", "driver", "bandwidth", "coalesce", "rom", "acpi")
@@ -114,6 +117,9 @@ def relocate(definition: str, host: str, vm: NewVm, has: Provisions) -> Relocate
     if devices is not None:
         _drop(work, devices, DEVICES, "device ")
         _devices(work, devices)
+    for element in root:
+        if element.tag not in PROSE:
+            _leave_host_files(work, element)
     return Relocated(
         definition=ET.tostring(root, encoding="unicode"), refusals=tuple(work.refusals), notes=tuple(work.notes)
     )
@@ -129,6 +135,25 @@ def _drop(work: _Work, parent: ET.Element, kept: Collection[str], what: str) -> 
                     f"The {what}<{name}> of the replica's definition is its host's own and is left out of the new "
                     "VM's; add what takes its place by `virsh edit`."
                 )
+
+
+def _leave_host_files(work: _Work, parent: ET.Element) -> None:
+    """Leave out what names a file or device of the replica's host: the new host's agent takes none."""
+    for element in list(parent):
+        text = (element.text or "").strip()
+        named = [v for k, v in element.attrib.items() if k in HOST_ATTRIBUTES or v.startswith("/")]
+        if element.tag == "table" or (text.startswith("/") and element.tag not in FILES and text not in RANDOM):
+            named.append(text)
+        if element.tag == "input" and element.get("type") not in INPUTS:
+            named.append(element.get("type", "-"))
+        if not named:
+            _leave_host_files(work, element)
+            continue
+        parent.remove(element)
+        work.notes.append(
+            f"The <{element.tag}> of the replica's definition names {', '.join(named)} of its host and is left out of "
+            "the new VM's; add what takes its place by `virsh edit`."
+        )
 
 
 def _machine_type(work: _Work, root: ET.Element) -> None:
@@ -304,6 +329,7 @@ def _character(work: _Work, device: ET.Element) -> None:
             "own: the new VM has a pty in its place (`virsh console`)."
         )
         device.set("type", "pty")
+    device.attrib.pop("tty", None)
     for part in ("source", "log", "protocol"):
         for element in device.findall(part):
             device.remove(element)

@@ -70,6 +70,10 @@ _CHARACTER = ("serial", "console", "parallel", "channel")
 CHARACTER_KINDS = ("pty", "unix", "spicevmc", "qemu-vdagent", "null")
 FILES = ("loader", "kernel", "initrd", "dtb", "shim")
 _RANDOM = ("/dev/random", "/dev/urandom")
+HOST_ATTRIBUTES = frozenset(("file", "path", "tap", "vhost", "socket", "rendernode", "evdev"))
+"""Attributes that name a file or device of the host, wherever they stand."""
+INPUTS = ("mouse", "tablet", "keyboard")
+_PROSE = ("title", "description", "metadata")
 
 
 def named_files(xml: str) -> tuple[str, ...]:
@@ -151,6 +155,21 @@ def _unknown(root: minidom.Element, files: Collection[str]) -> Iterator[str]:
     for devices in _children(root, "devices"):
         for device in _elements(devices):
             yield from _unknown_device(device)
+    for element in _elements(root):
+        if element.tagName not in _PROSE:
+            yield from _of_the_host(element)
+
+
+def _of_the_host(element: minidom.Element) -> Iterator[str]:
+    """Files and devices of the host that are named anywhere below, but for those that have a rule of their own."""
+    for name, value in element.attributes.items():
+        if name in HOST_ATTRIBUTES or value.startswith("/"):
+            yield f"a <{element.tagName}> that names {value} of the host"
+    own_rule = element.tagName in FILES or (element.tagName == "backend" and _text(element) in _RANDOM)
+    if element.tagName == "table" or (_text(element).startswith("/") and not own_rule):
+        yield f"a <{element.tagName}> that names {_text(element)} of the host"
+    for below in _elements(element):
+        yield from _of_the_host(below)
 
 
 def _unknown_device(device: minidom.Element) -> Iterator[str]:
@@ -174,6 +193,8 @@ def _unknown_device(device: minidom.Element) -> Iterator[str]:
         backend.getAttribute("type") != "emulator" or _elements(backend) for backend in _children(device, "backend")
     ):
         yield "a TPM that is not emulated"
+    elif tag == "input" and kind not in INPUTS:
+        yield f"an <{tag}> of the type {kind or '-'}"
     elif tag == "redirdev" and kind != "spicevmc":
         yield f"a <{tag}> of the type {kind or '-'}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.errors import HypervisorError
 from agent.virt import new_definition
 from agent.virt.names import ImageRef
 from coordinator import relocation
@@ -150,10 +151,40 @@ def test_the_agent_takes_what_is_made_of_a_definition_with_everything() -> None:
     )
     found = made(definition(devices, os=f"<loader type='pflash'>{CODE}</loader><nvram>/n</nvram>", top="<hyper/>"))
     assert found.refusals == ()
+    assert "<console" in found.definition
     image = ImageRef(path=Path("/pool/web-vda.raw"), format="raw")
     taken = new_definition.on_volumes(found.definition, UUID, "web", {"vda": image}, HAS.files)
     sources = [disk.find("source") for disk in ET.fromstring(taken).findall("devices/disk")]
     assert [None if source is None else source.attrib for source in sources] == [{"file": "/pool/web-vda.raw"}, None]
+
+
+PLAIN_DISK = "<disk type='file' device='disk'><target dev='vda'/></disk>"
+OF_THE_HOST = [
+    "<sysinfo type='fwcfg'><entry name='opt/x' file='/etc/shadow'/></sysinfo>",
+    "<sysinfo type='fwcfg'><entry name='opt/x' file='etc/shadow'/></sysinfo>",
+    "<os><acpi><table type='slic'>/etc/shadow</table></acpi></os>",
+    "<os><acpi><table type='slic'>etc/shadow</table></acpi></os>",
+    "<devices>@<interface type='user'><rom file='/etc/shadow'/></interface></devices>",
+    "<devices>@<interface type='user'><backend tap='/dev/net/tun' vhost='/dev/vhost-net'/></interface></devices>",
+    "<devices>@<audio id='1' type='file' path='/etc/crontab'/></devices>",
+    "<devices>@<input type='evdev'><source dev='/dev/input/event1'/></input></devices>",
+    "<devices>@<input type='passthrough' bus='virtio'><source evdev='/dev/input/event1'/></input></devices>",
+    "<devices>@<graphics type='vnc' socket='/run/x.sock'/></devices>",
+    "<devices>@<graphics type='spice'><gl rendernode='/dev/dri/renderD128'/></graphics></devices>",
+    "<devices><disk type='file' device='disk'><target dev='vda'/><mirror file='/etc/shadow'/></disk></devices>",
+]
+
+
+@pytest.mark.parametrize("part", OF_THE_HOST)
+def test_no_file_or_device_of_a_host_is_named(part: str) -> None:
+    part = part.replace("@", PLAIN_DISK)
+    whole = part if "<devices>" in part else f"{part}<devices>{PLAIN_DISK}</devices>"
+    xml = f"<domain type='qemu'><name>web</name><uuid>{UUID}</uuid>{whole}</domain>"
+    image = ImageRef(path=Path("/pool/web-vda.raw"), format="raw")
+    with pytest.raises(HypervisorError, match="is not taken"):
+        new_definition.on_volumes(xml, UUID, "web", {"vda": image}, HAS.files)
+    found = made(xml)
+    assert all(word not in found.definition for word in ("/etc/", "etc/shadow", "/dev/", "/run/"))
 
 
 def test_coordinator_and_agent_know_the_same_elements() -> None:
@@ -161,6 +192,8 @@ def test_coordinator_and_agent_know_the_same_elements() -> None:
     assert new_definition.DEVICES == relocation.DEVICES
     assert new_definition.CHARACTER_KINDS == relocation.CHARACTER_KINDS
     assert new_definition.FILES == relocation.FILES
+    assert new_definition.HOST_ATTRIBUTES == relocation.HOST_ATTRIBUTES
+    assert new_definition.INPUTS == relocation.INPUTS
 
 
 class TestMapping:
