@@ -116,7 +116,14 @@ async def _request(hypervisor: Hypervisor, threads: Threads, uuid: str, until: f
     """Ask the guest once; False where no answer came by then. libvirt asks QEMU and waits for it, for ever where that
     is stopped or stuck in the kernel, so that asking again would only stop one more thread."""
     with trio.move_on_at(until):
-        await threads.requesting(lambda: hypervisor.request_shutdown(uuid))
+        try:
+            await threads.requesting(lambda: hypervisor.request_shutdown(uuid))
+        except HypervisorUnreachable:
+            raise
+        except HypervisorError:
+            # A QEMU that ends while it is asked fails the question: "Unable to read from monitor".
+            if not await threads.on_libvirt(partial(hypervisor.wait_off, uuid, WAIT_SLICE_S)):
+                raise
         return True
     log.warning("QEMU does not answer when it is asked to shut its guest down", vm=uuid)
     return False

@@ -194,6 +194,7 @@ def test_an_image_put_in_the_place_of_the_recorded_one_is_not_believed(site: Sit
         pair.replica.host.virsh("shutdown", pair.replica.name)
         while pair.replica.is_running():
             pass
+        disks.wait_unlocked(image, "qcow2")  # whoever looks at it because it went off has let go by then
         other = image.with_suffix(".other")
         disks.copy(image, "qcow2", other, "qcow2")
         disks.scatter_writes(other, "qcow2", ["write -P 7 8M 1M"])

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,14 @@ def make_blank(path: Path, format: Format, size_bytes: int, *, seed: int | None 
 def copy(source: Path, source_format: Format, target: Path, target_format: Format) -> None:
     """An equal disk in an image of its own, sparse, of another format if asked for."""
     _run(["qemu-img", "convert", "-f", source_format, "-O", target_format, str(source), str(target)])
+
+
+def wait_unlocked(path: Path, format: Format, within_s: float = 60.0) -> None:
+    """Until no process writes to the image any more. Raises `TimeoutError`."""
+    deadline = time.monotonic() + within_s
+    while subprocess.run(["qemu-img", "info", "-f", format, str(path)], capture_output=True, check=False).returncode:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} is still locked by a writer")
 
 
 def diverge(path: Path, format: Format, *, seed: int, writes: int = 24, largest_bytes: int = 256 * 1024) -> None:

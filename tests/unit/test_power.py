@@ -154,3 +154,26 @@ async def test_a_qemu_that_never_answers_is_left_alone_where_forcing_was_not_cho
         await power.power_off(host, Threads(), vm[1].uuid, timeout_s=0.2, on_timeout=OnTimeout.ABORT)
     assert not host.killed.is_set()
     host.killed.set()
+
+
+class EndsWhileAsked(FakeHypervisor):
+    """QEMU goes, and with it its monitor, while libvirt asks it to shut the guest down; or the question just fails."""
+
+    ends = True
+
+    def request_shutdown(self, uuid: str) -> None:
+        if self.ends:
+            super().request_shutdown(uuid)
+        raise HypervisorError("Unable to read from monitor: Connection reset by peer")
+
+
+async def test_a_guest_that_went_off_while_it_was_asked_did_as_it_was_told(vm: tuple[FakeMachine, FakeDomain]) -> None:
+    answer = await _power_off(EndsWhileAsked(vm[0]), vm[1].uuid, OnTimeout.ABORT, 20)
+    assert (answer.was_running, answer.forced) == (True, False)
+
+
+async def test_a_question_that_fails_while_the_guest_stays_on_is_an_error(vm: tuple[FakeMachine, FakeDomain]) -> None:
+    host = EndsWhileAsked(vm[0])
+    host.ends = False
+    with pytest.raises(HypervisorError, match="monitor"):
+        await _power_off(host, vm[1].uuid, OnTimeout.ABORT, 20)
