@@ -107,6 +107,7 @@ def test_undo_after_it_ran_leaves_neither_volume_nor_domain(site: Site, pool: Pa
     site.failback("undo", pair.name, "--yes")
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_in_its_first_pass_is_cancelled_without_a_trace(site: Site, pool: Path) -> None:
     pair = site.make_pair("freshkill")
     before = known(site)
@@ -177,6 +178,7 @@ def test_a_pool_without_room_is_refused_and_one_that_is_full_half_way_is_left_em
     assert pair.replica.is_running()
 
 
+@pytest.mark.long
 def test_raw_disks_become_raw_volumes_of_the_very_size(site: Site, pool: Path) -> None:
     pair = site.make_pair("freshraw", formats=("raw", "raw"), size_bytes=(48 << 20) + 512)
     site.failback(*START, "--no-power-on", *to_new(site, "freshraw-new"), pair.name)
@@ -187,6 +189,7 @@ def test_raw_disks_become_raw_volumes_of_the_very_size(site: Site, pool: Path) -
     assert list(pool.iterdir()) == []
 
 
+@pytest.mark.long
 def test_firmware_variables_and_a_tpms_state_come_with_a_uefi_guest(site: Site, pool: Path) -> None:
     pair = machine_pair(site, "freshuefi", TPM)
     take_over(site, pair)
