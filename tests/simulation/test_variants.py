@@ -7,7 +7,7 @@ import pytest
 from tests.simulation.story import play
 from tests.simulation.variants import VARIANTS, Variant
 
-SEEDS = 40
+SEEDS = 150
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
