@@ -40,8 +40,11 @@ class Stamp:
         return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(now, f.name))
 
     def content_changed_to(self, now: Stamp) -> bool:
-        """Whether it is another file in `now`, or one whose content was changed for all to see: more than its inode."""
-        return any(name != "ctime_ns" for name in self.changed_to(now))
+        """Whether it is another file in `now`, or one whose content was changed for all to see: more than its inode.
+
+        Another boot of the host alone is no sign of that.
+        """
+        return not {"ctime_ns", "boot"}.issuperset(self.changed_to(now))
 
 
 def stamp_of(fd: int) -> Stamp | None:
