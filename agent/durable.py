@@ -18,6 +18,14 @@ def replace_whole(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for small files if it is missing, so that no crash takes it away with what was put there. Raises
+    `OSError`."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sync(folder.parent)
+
+
 def remove_durably(path: Path) -> None:
     """Remove a file so that no crash brings it back; harmless where there is none. Raises `OSError`."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cattrs
 
-from agent.durable import remove_durably, replace_whole
+from agent.durable import make_folder, remove_durably, replace_whole
 from agent.errors import AgentError
 
 VERSION = 1
@@ -94,7 +94,7 @@ class HomeBook:
         """Make the record durable."""
         path = self._path(record.vm_uuid)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(self.folder)
             replace_whole(path, json.dumps(_CONVERTER.unstructure(record), indent=1))
         except OSError as error:
             raise self._unwritable(path, error) from error

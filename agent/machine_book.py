@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cattrs
 
-from agent.durable import remove_durably, replace_whole
+from agent.durable import make_folder, remove_durably, replace_whole
 from agent.errors import AgentError
 from agent.virt.seam import StateRole
 
@@ -118,7 +118,7 @@ class MachineBook:
             if record.is_empty:
                 remove_durably(path)
                 return
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(self.folder)
             replace_whole(path, json.dumps(_CONVERTER.unstructure(record), indent=1))
         except OSError as error:
             raise MachineBookError(

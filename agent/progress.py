@@ -20,7 +20,7 @@ import structlog
 
 from agent.disk.lock import HeldImage
 from agent.disk.stamp import Stamp, stamp_of
-from agent.durable import remove_durably, replace_whole
+from agent.durable import make_folder, remove_durably, replace_whole
 from agent.errors import AgentError
 from agent.fences import FenceKeeper
 from agent.sync.proven import Proven
@@ -179,7 +179,7 @@ class ProgressDesk:
     def _put(self, path: Path, record: ProgressRecord, *, must: bool = False) -> None:
         """Durably; one that cannot be written leaves the one before, which claims less, unless it `must` be."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(path.parent)
             replace_whole(path, json.dumps(cattrs.unstructure(record)))
             self._kept[path] = record
         except OSError as error:
