@@ -18,6 +18,7 @@ from coordinator.cli.session import Session
 from coordinator.errors import CoordinatorError, ExitCode, UsageError
 from coordinator.fleet import FleetPlan, Group, Place
 from coordinator.fleet_standing import Looker, Picture
+from coordinator.protecting import settled
 from coordinator.runs import Coordinator
 
 plan_option = click.option(
@@ -97,11 +98,13 @@ def start_fleet(session: Session, file: Path, *, foreground: bool, yes: bool) ->
     if count and not session.confirm(question, yes=yes, action="start"):
         raise Declined("not started, nothing was touched", file=str(file))
 
+    planned = {one.name: one.plan for one in whole.pairs if one.plan is not None}
+
     async def begin(coordinator: Coordinator) -> dict[str, str]:
         errors = {}
         for pair in whole.begin:  # the runs are in the journals before any of them works: resume knows them all
             try:
-                await coordinator.start_run(pair, plan.options[pair])
+                await coordinator.start_run(pair, settled(plan.options[pair], planned[pair]))
             except CoordinatorError as error:
                 errors[pair] = error.sentence
         return errors

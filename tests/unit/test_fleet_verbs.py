@@ -13,10 +13,10 @@ import pytest
 
 from coordinator.cli.bugs import BUG_LOG
 from coordinator.cli.fleet_plans import PairPlan, no_room_together
-from coordinator.errors import ExitCode
+from coordinator.errors import AgentRefused, ExitCode
 from coordinator.model import Plan, Room, RunOptions, State, SwitchPolicy
 from coordinator.runs import Coordinator
-from protocol.messages import InspectVm, Power, PowerOff, Request, RunPass
+from protocol.messages import Condition, InspectVm, Power, PowerOff, Request, RunPass
 from tests.fakes.agent import unreachable
 from tests.unit.cli_house import UnitInThread, resume_here
 from tests.unit.fleet_house import Fleet
@@ -100,6 +100,20 @@ class TestTheWhole:
         fleet.worlds["db1"].fault = lambda _host, _request, _moment: None
         assert start(fleet, file) == dict.fromkeys(PAIRS, "home")
         assert fleet.json("start", "--plan", file, "--yes", "--foreground")["exit_code"] == 0
+
+    def test_each_pair_is_protected_where_its_own_plan_says_that_it_can_be(self, fleet: Fleet) -> None:
+        def cut(_host: str, request: Request, moment: str) -> None:
+            if isinstance(request, RunPass) and moment == "midway":
+                raise AgentRefused("the link was cut", code="link")
+
+        fleet.worlds["db1"].fault = cut
+        start(fleet, fleet.plan(TEXT), exit_code=ExitCode.FAILED)
+        assert fleet.worlds["db1"].original.condition is Condition.TORN  # what no snapshot gives back
+        fleet.json("undo", "--plan", fleet.plan(TEXT), "--yes")
+        fleet.worlds["db1"].fault = lambda _host, _request, _moment: None
+        assert start(fleet, fleet.plan("[defaults]\nprotect-original = true\n" + TEXT)) == dict.fromkeys(PAIRS, "home")
+        protected = {pair: bool(fleet.worlds[pair].original.snapshots) for pair in PAIRS}
+        assert protected == {"db1": False, "db2": True, "app1": True}
 
     def test_a_group_that_goes_on_switches_without_the_failed_pair(self, fleet: Fleet) -> None:
         fleet.worlds["db1"].fault = fails_at(PowerOff, "dr")
