@@ -23,9 +23,10 @@ START = ("start", "--yes", "--foreground", "--shutdown-timeout", "60s")
 
 @pytest.fixture
 def pool(site: Site) -> Iterator[Path]:
-    """The pool ``new`` of the production host."""
-    path = site.production.images / "new"
-    path.mkdir(exist_ok=True)
+    """The pool ``new`` of the production host, in a folder of its own: VMs that were committed before keep theirs."""
+    images = site.production.images
+    path = images / f"new-{len(list(images.glob('new-*')))}"
+    path.mkdir()
     site.production.virsh("pool-define-as", "new", "dir", "--target", str(path))
     site.production.virsh("pool-start", "new")
     yield path
